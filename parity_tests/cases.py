@@ -1,0 +1,134 @@
+"""The one registry of shapes: tests, parity report, benchmarks and tuner all draw from it.
+
+A case is dimensions by the field's names, dtypes and options; `inputs.draw` turns it into arrays. Tags:
+
+    ci        small enough for both interpreters on two CPU cores
+    standard  a real model's shape, for the GPU report and the benchmark
+    odd       shapes and options off the beaten path
+    large     needs a GPU's memory: more than 2^31 state elements, more than 65,535 rows
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
+
+
+@dataclass(frozen=True)
+class Case:
+    """`dims` by the names of the operator's docstring; `options` are keyword arguments and what shapes the draw."""
+
+    op: str
+    name: str
+    dims: Mapping[str, int]
+    dtype: str = "bfloat16"
+    state_dtype: str = "float32"
+    options: Mapping[str, object] = field(default_factory=dict)
+    tags: frozenset[str] = frozenset()
+
+    def __post_init__(self):
+        object.__setattr__(self, "dims", MappingProxyType(dict(self.dims)))
+        object.__setattr__(self, "options", MappingProxyType(dict(self.options)))
+
+    def __str__(self) -> str:
+        dims = " ".join(f"{key}={value}" for key, value in self.dims.items())
+        return f"{self.name}: {dims} {self.dtype} state={self.state_dtype}"
+
+    def with_dims(self, **dims: int) -> "Case":
+        return replace(self, dims={**self.dims, **dims})
+
+
+@dataclass(frozen=True)
+class Mamba2Dims:
+    """A published model's Mamba-2 mixer: heads, groups, headdim, dstate, chunk (transformers configurations)."""
+
+    name: str
+    H: int
+    G: int
+    P: int
+    N: int
+    chunk_size: int
+
+    def slice(self, ranks: int) -> "Mamba2Dims":
+        """One rank of a tensor-parallel split; groups are replicated where there are fewer of them than ranks."""
+        name = f"{self.name}/TP{ranks}"
+        return replace(self, name=name, H=self.H // ranks, G=max(1, self.G // ranks))
+
+
+MAMBA2_MODELS = (
+    Mamba2Dims("Mamba2-2.7B", 80, 1, 64, 128, 256),
+    Mamba2Dims("Nemotron-H-8B", 128, 8, 64, 128, 128),
+    Mamba2Dims("Nemotron-H-56B", 256, 8, 64, 256, 128),
+    Mamba2Dims("Nemotron-Nano-12B-v2", 128, 8, 80, 128, 128),
+    Mamba2Dims("Nemotron-3-Nano-30B", 64, 8, 64, 128, 128),
+    Mamba2Dims("Granite-4-small", 128, 1, 64, 128, 256),
+    Mamba2Dims("Granite-4-tiny", 48, 1, 64, 128, 256),
+    Mamba2Dims("Falcon-H1-1.5B", 48, 1, 64, 256, 256),
+    Mamba2Dims("Falcon-H1-34B", 32, 2, 128, 256, 256),
+    Mamba2Dims("Zamba2-2.7B", 80, 1, 64, 64, 256),
+    Mamba2Dims("Codestral-Mamba-7B", 128, 8, 64, 128, 256),
+)
+
+
+def _decode(model: Mamba2Dims, batch: int, state_dtype: str, tags: set[str], **options) -> Case:
+    # Serving keeps more slots than it decodes at once; a few spare ones show that nothing else is written.
+    dims = {"S": batch + 3, "B": batch, "H": model.H, "G": model.G, "P": model.P, "N": model.N}
+    options = {"D": True, "dt_bias": True, "dt_softplus": True, "slots": True} | options
+    return Case("selective_state_update", model.name, dims, "bfloat16", state_dtype, options, frozenset(tags))
+
+
+def _decode_cases() -> Iterator[Case]:
+    for model in MAMBA2_MODELS:
+        for state_dtype in ("float32", "float16"):
+            yield _decode(model, 8, state_dtype, {"standard"})
+        # On a CPU one rank of a wide split stands for the model: same P, N and head-to-group ratio, few heads.
+        yield _decode(model.slice(model.H // 2), 2, "float32", {"ci"})
+    for ranks in (2, 4, 8):
+        yield _decode(MAMBA2_MODELS[1].slice(ranks), 64, "float32", {"standard"})
+        yield _decode(MAMBA2_MODELS[0].slice(ranks), 64, "bfloat16", {"standard"})
+
+
+def _odd(name: str, dtype: str = "float32", state_dtype: str = "float32", tags=("ci", "odd"), dims=(), **options) -> Case:
+    base = {"S": 12, "B": 4, "H": 4, "G": 2, "P": 16, "N": 32}
+    return Case("selective_state_update", name, base | dict(dims), dtype, state_dtype, options, frozenset(tags))
+
+
+def _odd_cases() -> Iterator[Case]:
+    full = {"D": True, "dt_bias": True, "dt_softplus": True, "slots": True}
+    yield _odd("nothing optional")
+    yield _odd("head-less, untied", dims={"H": 1, "G": 1}, headless=True, untied=True, D=True, z=True)
+    yield _odd("head-less, tied", dims={"H": 1, "G": 1}, headless=True, D=True, dt_bias=True, dt_softplus=True)
+    yield _odd("untied dt and A", untied=True, **full)
+    yield _odd("untied dt and A, D [H,P]", "bfloat16", "float16", untied=True, D_per_headdim=True, **full)
+    yield _odd("gate z, bf16 state", "bfloat16", "bfloat16", z=True, **full)
+    yield _odd("gate z, fp16", "float16", "float16", z=True, **full)
+    yield _odd("P=80 N=96", "bfloat16", "bfloat16", dims={"P": 80, "N": 96}, **full)
+    yield _odd("P=48 N=16", "bfloat16", "float32", dims={"P": 48, "N": 16}, z=True, **full)
+    yield _odd("destination slots, padding and null slot", "bfloat16", "float16", z=True, dst=True, padding=True, **full)
+    yield _odd("every row padding", "bfloat16", padding="all", **full)
+    yield _odd("packed, zero lengths, padded tail", "bfloat16", lengths=(3, 0, 1, 2), tail=3, z=True, **full)
+    yield _odd("packed, padding and destination slots", lengths=(2, 3, 0, 1, 4), dst=True, padding=True, **full)
+    yield _odd("speculative", "bfloat16", lengths=(3, 1, 0, 2), dims={"S": 20}, spec=4, z=True, **full)
+    yield _odd("speculative, 16-bit states, padding", "bfloat16", "float16", lengths=(4, 2, 1), dims={"S": 24}, spec=4,
+               dst=True, padding=True, **full)  # fmt: skip
+    yield _odd("speculative, one token each", dims={"S": 16}, spec=3, **full)
+    yield _odd("stochastic rounding to bf16", "bfloat16", "bfloat16", rounding_seed=1234, **full)
+    yield _odd("stochastic rounding to fp16, N=96", "bfloat16", "float16", dims={"P": 32, "N": 96}, rounding_seed=2**40 + 7,
+               **full)  # fmt: skip
+    yield _odd("headdim 5, dstate 24: no Mosaic layout", "float32", dims={"P": 5, "N": 24}, **full)
+
+
+def _large_cases() -> Iterator[Case]:
+    full = {"D": True, "dt_bias": True, "dt_softplus": True, "slots": True}
+    wide = {"S": 2100, "B": 8, "H": 128, "G": 8, "P": 64, "N": 128}  # 2100·128·64·128 = 2.2e9 elements
+    for state_dtype in ("float32", "bfloat16"):
+        yield _odd("more than 2^31 state elements", "bfloat16", state_dtype, ("large",), wide, high_slots=True, **full)
+    tall = {"S": 70_000, "B": 70_000, "H": 2, "G": 1, "P": 16, "N": 16}
+    yield _odd("more than 65,535 rows", "bfloat16", "float32", ("large",), tall, **full)
+
+
+CASES: tuple[Case, ...] = (*_decode_cases(), *_odd_cases(), *_large_cases())
+
+
+def select(*, op: str | None = None, tags: tuple[str, ...] = ()) -> list[Case]:
+    """The cases of `op` (or of all) that carry at least one of `tags` (or any)."""
+    return [case for case in CASES if (op is None or case.op == op) and (not tags or case.tags & set(tags))]

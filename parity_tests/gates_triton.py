@@ -1,0 +1,108 @@
+"""Compiles Triton kernels ahead of time, for any architecture and without a GPU, and reports what they use.
+
+    python -m parity_tests.gates_triton --arch sm_90 --rows '[{"P": 64, "N": 128, "state_dtype": "float32", …}]'
+
+prints a JSON list, one object a row: registers, local memory (spills and stack), shared memory. A process of its own
+because the interpreter, once chosen, replaces the compiler in the whole process.
+"""
+
+import argparse
+import json
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from triton_ssm._selective_state_update_kernel import selective_state_update_kernel
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "sm_120": GPUTarget("cuda", 120, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+    "gfx950": GPUTarget("hip", "gfx950", 64),
+}
+# Shared memory that one block may have, by the vendors' programming guides; the compiler does not check it.
+SHARED_LIMIT = {
+    "sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "sm_120": 101_376, "gfx942": 65_536, "gfx950": 163_840,
+}  # fmt: skip
+_SHORT = {"float32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16"}
+_INTEGERS = {"n_tokens", "n_sequences", "n_slots", "null_slot"}
+
+
+def selective_state_update_source(
+    P: int, N: int, state_dtype: str, BLOCK_SIZE_M: int, rounding: bool = False
+) -> ASTSource:
+    """The variant that serving runs: tied dt and A, D, dt_bias, softplus, slots; x in bfloat16, Nemotron-H's groups."""
+    kernel = selective_state_update_kernel
+    pointers = {
+        "state_ptr": _SHORT[state_dtype], "x_ptr": "*bf16", "dt_ptr": "*bf16", "A_ptr": "*fp32", "B_ptr": "*bf16",
+        "C_ptr": "*bf16", "D_ptr": "*fp32", "dt_bias_ptr": "*fp32", "y_ptr": "*bf16", "source_ptr": "*i32",
+    }  # fmt: skip
+    if rounding:
+        pointers["seed_ptr"] = "*i64"
+    constants = {
+        "H": 128, "G": 8, "P": P, "N": N, "T_MAX": 1, "TIED_DT": True, "TIED_DT_BIAS": True, "TIED_A": True,
+        "TIED_D": True, "DT_SOFTPLUS": True, "BLOCK_SIZE_M": BLOCK_SIZE_M,
+        "BLOCK_SIZE_N": max(8, triton.next_power_of_2(N)),
+    }  # fmt: skip
+    signature, attributes = {}, {}
+    for position, name in enumerate(kernel.arg_names):
+        if name in constants or (name.endswith("_ptr") and name not in pointers):
+            signature[name] = "constexpr"
+            constants.setdefault(name, None)
+        else:
+            signature[name] = pointers.get(name, "i32")
+            if name not in _INTEGERS:  # pointers and strides are multiples of 16, as the launcher would find
+                attributes[(position,)] = [["tt.divisibility", 16]]
+    return ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
+
+
+def resources(compiled) -> dict[str, int]:
+    """Registers a thread, local memory a thread (spills and stack) and shared memory a block, in bytes."""
+    shared = compiled.metadata.shared
+    if "amdgcn" in compiled.asm:
+        text = compiled.asm["amdgcn"]
+
+        def field(name):
+            return int(re.search(rf"{name}:?\s+(\d+)", text)[1])
+
+        return {"registers": field(r"\.vgpr_count"), "local": field(r"\.vgpr_spill_count"), "shared": shared}
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        text = subprocess.run(
+            [tool, "--dump-resource-usage", file.name], check=True, capture_output=True, text=True
+        ).stdout
+    found = re.search(r"REG:(\d+).*?STACK:(\d+).*?LOCAL:(\d+)", text)
+    if found is None:
+        raise RuntimeError(f"cuobjdump: expected a resource line, got {text!r}")
+    return {"registers": int(found[1]), "local": int(found[2]) + int(found[3]), "shared": shared}
+
+
+def compile_row(arch: str, row: dict) -> dict:
+    row = dict(row)
+    num_warps = row.pop("num_warps")
+    compiled = triton.compile(
+        selective_state_update_source(**row), target=TARGETS[arch], options={"num_warps": num_warps}
+    )
+    return {**row, "num_warps": num_warps, "arch": arch, **resources(compiled)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Ahead-of-time compile of Triton kernels, without a GPU.")
+    parser.add_argument("--arch", required=True, choices=TARGETS)
+    parser.add_argument("--rows", required=True, help="a JSON list of rows; - for standard input")
+    arguments = parser.parse_args()
+    rows = json.load(open(0)) if arguments.rows == "-" else json.loads(arguments.rows)
+    print(json.dumps([compile_row(arguments.arch, row) for row in rows]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,101 @@
+"""Random arguments for a case, drawn as the models initialise their parameters. Never zeros, always seeded."""
+
+import zlib
+
+import ml_dtypes
+import numpy as np
+
+from .cases import Case
+
+DTYPES = {
+    "float32": np.dtype(np.float32),
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+    "float16": np.dtype(np.float16),
+}
+
+
+def draw(case: Case, seed: int = 0) -> tuple[tuple[np.ndarray, ...], dict[str, object]]:
+    """(positional, keyword) NumPy arguments of `case.op`."""
+    # Python's own hash() of a string differs from process to process.
+    rng = np.random.default_rng([seed, zlib.crc32(str(case).encode())])
+    return _DRAW[case.op](case, rng)
+
+
+def _selective_state_update(case: Case, rng: np.random.Generator):
+    S, B, H, G, P, N = (case.dims[key] for key in ("S", "B", "H", "G", "P", "N"))
+    options = case.options
+    x_dtype, state_dtype = DTYPES[case.dtype], DTYPES[case.state_dtype]
+    spec = options.get("spec")
+
+    lengths = options.get("lengths")
+    n_seq = B if lengths is None else len(lengths)
+    T = B if lengths is None else sum(lengths) + options.get("tail", 0)
+
+    def normal(*shape, dtype=x_dtype):
+        return rng.standard_normal(shape, dtype=np.float32).astype(dtype)
+
+    untied = bool(options.get("untied"))
+    per_head = (H, P) if untied else (H,)
+    state, x = normal(S, H, P, N, dtype=state_dtype), normal(T, H, P)
+    A = -rng.uniform(1, 16, (H, P, N) if untied else (H,)).astype(np.float32)
+    dt_bias = None
+    if options.get("dt_bias"):
+        # Mamba-2's initialisation: softplus(dt_bias) is log-uniform in [1e-3, 1e-1].
+        step = np.exp(rng.uniform(np.log(1e-3), np.log(1e-1), per_head))
+        dt_bias = (step + np.log(-np.expm1(-step))).astype(np.float32)
+    dt = normal(T, *per_head)
+    if not options.get("dt_softplus"):
+        dt = (np.abs(dt.astype(np.float32)) * 0.05).astype(x_dtype)  # without softplus a step must be positive already
+    B_, C = normal(T, G, N), normal(T, G, N)
+    D = normal(*((H, P) if options.get("D_per_headdim") else (H,)), dtype=np.float32) if options.get("D") else None
+    z = normal(T, H, P) if options.get("z") else None
+
+    keywords: dict[str, object] = {"D": D, "z": z, "dt_bias": dt_bias, "dt_softplus": bool(options.get("dt_softplus"))}
+    if options.get("slots") or spec:
+        keywords |= _slots(case, rng, n_seq, S, spec)
+    if lengths is not None:
+        keywords["cu_seqlens"] = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+    if spec:
+        # 0 and a count past the last column are both seen in serving; both must be clamped.
+        keywords["num_accepted_tokens"] = np.resize([0, spec + 2, 1, 2], n_seq).astype(np.int32)
+    if "rounding_seed" in options:
+        keywords["rounding_seed"] = options["rounding_seed"]
+    arrays = [state, x, dt, A, B_, C]
+    if options.get("headless"):
+        state, x, dt, A, B_, C = state[:, 0], x[:, 0], dt[:, 0], A[0], B_[:, 0], C[:, 0]
+        arrays = [state, x, dt, A, B_, C]
+        for key, axis in (("D", 0), ("dt_bias", 0), ("z", 1)):
+            if keywords[key] is not None:
+                keywords[key] = np.asarray(np.take(keywords[key], 0, axis=axis))
+    # asarray, because ascontiguousarray would give a scalar A an axis
+    return tuple(np.asarray(a, order="C") for a in arrays), {k: v for k, v in keywords.items() if v is not None}
+
+
+def _slots(case: Case, rng: np.random.Generator, n_seq: int, S: int, spec: int | None) -> dict[str, object]:
+    shape = (n_seq,) if spec is None else (n_seq, spec)
+    count = n_seq * (spec or 1)
+    options, null = case.options, 1 if case.options.get("padding") else None
+    free = np.setdiff1d(np.arange(S), [] if null is None else [null])
+    if options.get("high_slots"):
+        free = free[-count:]
+    order = rng.permutation(free)
+    if len(order) < count * (2 if options.get("dst") and spec is None else 1):
+        raise ValueError(f"{case}: S={S} slots are too few")
+    source = order[:count].reshape(shape).astype(np.int32)
+    keywords: dict[str, object] = {"state_batch_indices": source}
+    if options.get("dst"):
+        # Speculative decode moves states within a sequence's own slots; plain decode to slots nobody reads.
+        target = source[:, ::-1] if spec else order[count : 2 * count]
+        keywords["dst_state_batch_indices"] = np.ascontiguousarray(target.reshape(shape), np.int32)
+    if null is not None:
+        source[0] = -1
+        source[-1] = null
+        if options["padding"] == "all":
+            source[:] = -1
+        if options.get("dst") and n_seq > 2:
+            keywords["dst_state_batch_indices"].flat[shape[-1] if spec else 1] = null
+        keywords["null_slot"] = null
+    return keywords
+
+
+_DRAW = {"selective_state_update": _selective_state_update}

@@ -1,0 +1,136 @@
+"""From torch tensors to what the contracts check and what the kernels take. Nothing here synchronises with a GPU."""
+
+import contextlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from ssm_configs.contracts.selective_state_update import INDICES, Dims
+
+_NAMES = {
+    torch.float32: "float32",
+    torch.bfloat16: "bfloat16",
+    torch.float16: "float16",
+    torch.int32: "int32",
+    torch.int64: "int64",
+}
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return _NAMES.get(dtype) or str(dtype).removeprefix("torch.")
+
+
+def check_tensors(tensors: Mapping[str, Any], op: str) -> None:
+    """All tensors, all on one device, none asking for a gradient."""
+    device = None
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        if not isinstance(tensor, torch.Tensor):
+            raise TypeError(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}")
+        if device is None:
+            device = tensor.device
+        elif tensor.device != device:
+            raise ValueError(f"{name}: expected device {device}, where the first argument is, got {tensor.device}")
+        if tensor.requires_grad and torch.is_grad_enabled():
+            raise RuntimeError(
+                f"{name}: {op} has no backward in triton_ssm; call it under torch.no_grad(), or detach {name} if no "
+                "gradient is wanted"
+            )
+
+
+def checked(check: Callable[..., Dims], tensors: Mapping[str, Any], null_slot: Any, stochastic_rounding: bool) -> Dims:
+    """`check` on the tensors' shapes and dtype names."""
+    given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    return check(
+        {name: tuple(tensor.shape) for name, tensor in given.items()},
+        {name: dtype_name(tensor.dtype) for name, tensor in given.items()},
+        null_slot=null_slot,
+        stochastic_rounding=stochastic_rounding,
+    )
+
+
+def check_slot_values(tensors: Mapping[str, Any], dims: Dims) -> None:
+    """What the index tensors hold, where looking costs no synchronisation: on the CPU."""
+    if tensors["state"].device.type != "cpu":
+        return
+    for name in INDICES[:2]:
+        slots = tensors[name]
+        if slots is not None and slots.numel() and int(slots.max()) >= dims.S:
+            raise ValueError(f"{name}: expected slots < S={dims.S}, got {int(slots.max())}")
+    bounds = tensors["cu_seqlens"]
+    if bounds is not None:
+        if bounds[0] != 0 or (bounds.diff() < 0).any() or bounds[-1] > dims.T:
+            raise ValueError(f"cu_seqlens: expected 0 <= … <= T={dims.T} without a descent, got {bounds.tolist()}")
+
+
+def collapse_expanded(tensor: torch.Tensor | None, rank: int, count: int) -> torch.Tensor | None:
+    """`tensor` without its last `count` axes if it has `rank` axes and those are expanded (stride 0)."""
+    if tensor is None or tensor.dim() != rank or any(tensor.stride(-1 - axis) for axis in range(count)):
+        return tensor
+    # An axis of size 1 may carry any stride; one that is empty has no element to keep.
+    if any(tensor.shape[-1 - axis] < 1 for axis in range(count)):
+        return tensor
+    return tensor[(..., *(0,) * count)]
+
+
+def dense(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    return None if tensor is None else tensor.contiguous()
+
+
+def dense_rows(tensor: Any) -> Any:
+    """`tensor` with every row (all axes but the first) dense: itself, where it is, else a copy."""
+    if tensor is None or tensor.shape[0] == 0 or tensor[0].is_contiguous():
+        return tensor
+    return tensor.contiguous()
+
+
+def row_stride(tensor: torch.Tensor | None) -> int:
+    """Elements from one row to the next."""
+    if tensor is None:
+        return 0
+    # A single row has no stride to speak of, and an arbitrary one would key a compile of its own.
+    return tensor.stride(0) if tensor.shape[0] > 1 else max(1, tensor.numel())
+
+
+def output_like(x: torch.Tensor, out: Any) -> torch.Tensor:
+    """The buffer for y: `out`, if it fits, else a new one."""
+    if out is None:
+        return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    if not isinstance(out, torch.Tensor):
+        raise TypeError(f"out: expected a torch.Tensor, got {type(out).__name__}")
+    if out.device != x.device:
+        raise ValueError(f"out: expected device {x.device}, where the first argument is, got {out.device}")
+    if out.dtype != x.dtype:
+        raise TypeError(f"out: expected the dtype of x, {dtype_name(x.dtype)}, got {dtype_name(out.dtype)}")
+    if out.shape != x.shape:
+        raise ValueError(f"out: expected shape {tuple(x.shape)}, got {tuple(out.shape)}")
+    if out.shape[0] and not out[0].is_contiguous():
+        raise ValueError(f"out: expected every row dense, got strides {out.stride()}")
+    return out
+
+
+def seed_tensor(seed: Any, device: torch.device) -> torch.Tensor | None:
+    """The seed as one int64 on `device`, without a copy from the host: a fill can be captured in a graph."""
+    if seed is None:
+        return None
+    if isinstance(seed, torch.Tensor):
+        if seed.numel() != 1 or seed.dtype not in (torch.int32, torch.int64):
+            raise ValueError(
+                f"rounding_seed: expected one int32 or int64 element, got shape {tuple(seed.shape)} "
+                f"{dtype_name(seed.dtype)}"
+            )
+        if seed.device != device:
+            raise ValueError(f"rounding_seed: expected device {device}, where the first argument is, got {seed.device}")
+        # An int32 is 32 bits of seed, not a number to sign-extend into the upper half of the key.
+        return seed if seed.dtype == torch.int64 else seed.to(torch.int64) & 0xFFFFFFFF
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise TypeError(f"rounding_seed: expected an int, a one-element integer tensor or None, got {type(seed).__name__}")
+    if not 0 <= seed < 2**64:
+        raise ValueError(f"rounding_seed: expected 0 <= seed < 2**64, got {seed}")
+    return torch.full((), seed - 2**64 if seed >= 2**63 else seed, dtype=torch.int64, device=device)
+
+
+def on_device(tensor: torch.Tensor) -> contextlib.AbstractContextManager:
+    """Triton launches on the current device, which need not be the tensors'."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
