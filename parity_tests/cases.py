@@ -6,6 +6,7 @@ A case is dimensions by the field's names, dtypes and options; `inputs.draw` tur
     standard  a real model's shape, for the GPU report and the benchmark
     odd       shapes and options off the beaten path
     large     needs a GPU's memory: more than 2^31 state elements, more than 65,535 rows
+    no-mosaic a shape that the Mosaic GPU kernel declines; `pallas_ssm` serves it through XLA
 """
 
 from collections.abc import Iterator, Mapping
@@ -87,7 +88,9 @@ def _decode_cases() -> Iterator[Case]:
         yield _decode(MAMBA2_MODELS[0].slice(ranks), 64, "bfloat16", {"standard"})
 
 
-def _odd(name: str, dtype: str = "float32", state_dtype: str = "float32", tags=("ci", "odd"), dims=(), **options) -> Case:
+def _odd(
+    name: str, dtype: str = "float32", state_dtype: str = "float32", tags=("ci", "odd"), dims=(), **options
+) -> Case:
     base = {"S": 12, "B": 4, "H": 4, "G": 2, "P": 16, "N": 32}
     return Case("selective_state_update", name, base | dict(dims), dtype, state_dtype, options, frozenset(tags))
 
@@ -103,7 +106,9 @@ def _odd_cases() -> Iterator[Case]:
     yield _odd("gate z, fp16", "float16", "float16", z=True, **full)
     yield _odd("P=80 N=96", "bfloat16", "bfloat16", dims={"P": 80, "N": 96}, **full)
     yield _odd("P=48 N=16", "bfloat16", "float32", dims={"P": 48, "N": 16}, z=True, **full)
-    yield _odd("destination slots, padding and null slot", "bfloat16", "float16", z=True, dst=True, padding=True, **full)
+    yield _odd(
+        "destination slots, padding and null slot", "bfloat16", "float16", z=True, dst=True, padding=True, **full
+    )
     yield _odd("every row padding", "bfloat16", padding="all", **full)
     yield _odd("packed, zero lengths, padded tail", "bfloat16", lengths=(3, 0, 1, 2), tail=3, z=True, **full)
     yield _odd("packed, padding and destination slots", lengths=(2, 3, 0, 1, 4), dst=True, padding=True, **full)
@@ -114,7 +119,7 @@ def _odd_cases() -> Iterator[Case]:
     yield _odd("stochastic rounding to bf16", "bfloat16", "bfloat16", rounding_seed=1234, **full)
     yield _odd("stochastic rounding to fp16, N=96", "bfloat16", "float16", dims={"P": 32, "N": 96}, rounding_seed=2**40 + 7,
                **full)  # fmt: skip
-    yield _odd("headdim 5, dstate 24: no Mosaic layout", "float32", dims={"P": 5, "N": 24}, **full)
+    yield _odd("headdim 5, dstate 24", "float32", "float32", ("ci", "odd", "no-mosaic"), {"P": 5, "N": 24}, **full)
 
 
 def _large_cases() -> Iterator[Case]:

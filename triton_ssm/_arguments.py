@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+
 from ssm_configs.contracts.selective_state_update import INDICES, Dims
 
 _NAMES = {
@@ -125,7 +126,9 @@ def seed_tensor(seed: Any, device: torch.device) -> torch.Tensor | None:
         # An int32 is 32 bits of seed, not a number to sign-extend into the upper half of the key.
         return seed if seed.dtype == torch.int64 else seed.to(torch.int64) & 0xFFFFFFFF
     if isinstance(seed, bool) or not isinstance(seed, int):
-        raise TypeError(f"rounding_seed: expected an int, a one-element integer tensor or None, got {type(seed).__name__}")
+        raise TypeError(
+            f"rounding_seed: expected an int, a one-element integer tensor or None, got {type(seed).__name__}"
+        )
     if not 0 <= seed < 2**64:
         raise ValueError(f"rounding_seed: expected 0 <= seed < 2**64, got {seed}")
     return torch.full((), seed - 2**64 if seed >= 2**63 else seed, dtype=torch.int64, device=device)

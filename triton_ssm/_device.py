@@ -5,6 +5,7 @@ import os
 
 import torch
 import triton
+
 from ssm_configs import Device
 
 # Where the interpreter runs a kernel there is no GPU to ask: it stands in for the one that the tables were measured on.

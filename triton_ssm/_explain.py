@@ -1,7 +1,8 @@
 """Which launch parameters a call would get, and why."""
 
-import ssm_configs
 import torch
+
+import ssm_configs
 
 from ._device import tuning_device
 

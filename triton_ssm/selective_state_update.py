@@ -13,6 +13,7 @@ vLLM's operator of this name, except that padding rows give zeros and every inde
 
 import torch
 import triton
+
 from ssm_configs import lookup
 from ssm_configs.contracts import selective_state_update as contract
 
@@ -137,9 +138,13 @@ def selective_state_update(
 def _slot_stride(state: torch.Tensor, dims: contract.Dims) -> int:
     """Elements from one slot to the next; within a slot the state must be dense, for it cannot be copied and stay it."""
     dense = (dims.P * dims.N, dims.N, 1)[-(state.dim() - 1) :]
-    if any(size > 1 and got != want for size, got, want in zip(state.shape[1:], state.stride()[1:], dense, strict=True)):
+    if any(
+        size > 1 and got != want for size, got, want in zip(state.shape[1:], state.stride()[1:], dense, strict=True)
+    ):
         raise ValueError(f"state: expected strides (any, {', '.join(map(str, dense))}), got {state.stride()}")
     slot = dims.H * dims.P * dims.N
     if dims.S > 1 and state.stride(0) < slot:
-        raise ValueError(f"state: expected slots that do not overlap, {slot} or more elements apart, got {state.stride(0)}")
+        raise ValueError(
+            f"state: expected slots that do not overlap, {slot} or more elements apart, got {state.stride(0)}"
+        )
     return state.stride(0) if dims.S > 1 else slot

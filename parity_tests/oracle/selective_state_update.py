@@ -42,7 +42,7 @@ def selective_state_update(
         dt, A = dt[:, None], A[None]
         D, dt_bias = (None if a is None else a[None] for a in (D, dt_bias))
         z = None if z is None else z[:, None]
-    S, H, P, N = state.shape
+    H, P, N = state.shape[1:]
     T, G = x.shape[0], B.shape[1]
     new_state, y = state.copy(), np.zeros((T, H, P))
 

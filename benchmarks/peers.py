@@ -1,0 +1,45 @@
+"""Other people's implementations: they take part when they can be imported, and are named as missing when not."""
+
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Peer:
+    """`adapt(function, tensors, out)` gives a call of `function` the way its users call it; it returns y."""
+
+    name: str
+    module: str
+    function: str
+    adapt: Callable[[Callable[..., Any], Mapping[str, torch.Tensor], torch.Tensor], Callable[[], torch.Tensor]]
+
+    @property
+    def implementation(self) -> str:
+        return f"peer:{self.name}"
+
+    def load(self) -> Callable[..., Any]:
+        """The function, or ImportError."""
+        module = importlib.import_module(self.module)
+        try:
+            return getattr(module, self.function)
+        except AttributeError as error:
+            raise ImportError(f"{self.module} has no {self.function}") from error
+
+    def version(self) -> str:
+        return getattr(importlib.import_module(self.module.partition(".")[0]), "__version__", "unknown")
+
+
+def find(peers: tuple[Peer, ...]) -> tuple[dict[Peer, Callable[..., Any]], dict[Peer, str]]:
+    """(those that import, with their function; those that do not, with the reason)."""
+    present: dict[Peer, Callable[..., Any]] = {}
+    missing: dict[Peer, str] = {}
+    for peer in peers:
+        try:
+            present[peer] = peer.load()
+        except ImportError as error:
+            missing[peer] = f"{type(error).__name__}: {error}"
+    return present, missing

@@ -1,0 +1,18 @@
+"""The operators that have tuning tables: one module, one declaration each."""
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+from ..spec import OpSpec
+from .selective_state_update import SELECTIVE_STATE_UPDATE
+
+SPECS: Mapping[str, OpSpec] = MappingProxyType({spec.name: spec for spec in (SELECTIVE_STATE_UPDATE,)})
+
+
+def get_spec(op: str) -> OpSpec:
+    """The declaration of `op`, or an error that names the known ones."""
+    if not isinstance(op, str):
+        raise TypeError(f"op: expected a name as str, got {op!r} ({type(op).__name__})")
+    if op not in SPECS:
+        raise ValueError(f"op: got {op!r}, expected one of {tuple(SPECS)}")
+    return SPECS[op]

@@ -1,0 +1,1 @@
+"""JAX state-space operators; the twin of `triton_ssm`."""

@@ -1,0 +1,28 @@
+"""How far a result may lie from the float64 oracle, by operator and dtype, with the error that was measured beside it.
+
+`relative` bounds ‖got - ref‖₂ / ‖ref‖₂, `worst` bounds max |got - ref| / max |ref|: the first sees a bias, the second one
+wrong element among millions. Storing costs an element half a unit in the last place, at most 2^-8 of its value for bfloat16 and
+2^-11 for float16 (about half of that over many); stochastic rounding costs a whole unit. Everything else is fp32.
+"""
+
+from typing import NamedTuple
+
+
+class Tolerance(NamedTuple):
+    relative: float
+    worst: float
+    measured: float
+    """The largest `relative` over all cases, both twins, interpreters and H200."""
+
+
+TOLERANCES: dict[tuple[str, str], Tolerance] = {
+    ("selective_state_update", "float32"): Tolerance(1e-6, 3e-6, 1.1e-7),
+    ("selective_state_update", "bfloat16"): Tolerance(2.4e-3, 4.0e-3, 1.9e-3),
+    ("selective_state_update", "float16"): Tolerance(3.0e-4, 5.0e-4, 2.0e-4),
+    ("selective_state_update", "bfloat16, stochastic"): Tolerance(4.8e-3, 8.0e-3, 1.4e-3),
+    ("selective_state_update", "float16, stochastic"): Tolerance(6.0e-4, 1.0e-3, 2.8e-4),
+}
+
+
+def tolerance(op: str, dtype: str, stochastic: bool = False) -> Tolerance:
+    return TOLERANCES[op, f"{dtype}, stochastic" if stochastic else dtype]
