@@ -23,8 +23,8 @@ def error(got: np.ndarray, ref: np.ndarray) -> Error:
     if got.shape != ref.shape:
         raise ValueError(f"got: expected shape {ref.shape}, got {got.shape}")
     difference = np.abs(got - ref)
-    if not ref.any():  # a relative error has no meaning; any difference is the whole of it
-        wrong = 0.0 if not difference.any() else float("inf")
+    if not ref.any():  # nothing to be relative to: any difference (or NaN) is the whole of it
+        wrong = float("inf") if difference.any() else 0.0
         return Error(wrong, wrong)
     return Error(float(np.linalg.norm(difference) / np.linalg.norm(ref)), float(difference.max() / np.abs(ref).max()))
 
@@ -55,7 +55,7 @@ def against_oracle(case: Case, arguments, keywords, got, expected) -> list[Compa
     note = ""
     if before[untouched].tobytes() != state[untouched].tobytes():
         note = "a slot changed that no sequence writes"
-    zero_rows = ~y_ref.reshape(len(y_ref), -1).any(axis=1)
+    zero_rows = ~y_ref.any(axis=tuple(range(1, y_ref.ndim)))
     y_note = "a padding row is not zero" if np.asarray(y, np.float64)[zero_rows].any() else ""
     return [
         Comparison("y", error(y, y_ref), limit.relative, limit.worst, y_note),

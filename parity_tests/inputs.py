@@ -42,7 +42,8 @@ def _selective_state_update(case: Case, rng: np.random.Generator):
     if options.get("dt_bias"):
         # Mamba-2's initialisation: softplus(dt_bias) is log-uniform in [1e-3, 1e-1].
         step = np.exp(rng.uniform(np.log(1e-3), np.log(1e-1), per_head))
-        dt_bias = (step + np.log(-np.expm1(-step))).astype(np.float32)
+        # Without softplus the bias is a step itself: a negative one would let the state grow without bound.
+        dt_bias = (step + np.log(-np.expm1(-step)) if options.get("dt_softplus") else step).astype(np.float32)
     dt = normal(T, *per_head)
     if not options.get("dt_softplus"):
         dt = (np.abs(dt.astype(np.float32)) * 0.05).astype(x_dtype)  # without softplus a step must be positive already

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ def _case(size: int, statics: Mapping[str, int], dtype: str) -> Case:
 
 
 def _single(case: Case) -> Case:
-    return case.with_dims(S=1, B=1)
+    return replace(case.with_dims(S=1, B=1), name="single")
 
 
 def _normal(tensor: torch.Tensor, generator: torch.Generator) -> None:

@@ -1,0 +1,48 @@
+"""The numeric gate: y and every mutated operand against the definition in float64, on the device."""
+
+from collections.abc import Mapping
+
+import torch
+from parity_tests.cases import Case
+from parity_tests.compare import Error
+from parity_tests.tolerances import tolerance
+
+from .op import BenchOp, Tensors
+
+
+def errors(op: BenchOp, case: Case, initial: Tensors, results: Mapping[str, torch.Tensor]) -> dict[str, Error]:
+    """Per result ‖got - ref‖ / ‖ref‖ and max |got - ref| / max |ref|, in pieces that fit beside a pool of any size."""
+    zero = torch.zeros((), dtype=torch.float64, device=initial[op.output].device)
+    sums = {name: [zero, zero, zero, zero] for name in results}  # Σ err², Σ ref², max err, max ref
+    seen = dict.fromkeys(results, 0)
+    for name, rows, expected in op.pieces(case, initial):
+        difference = (results[name][rows].double() - expected).abs_()
+        expected = expected.abs()
+        # torch.maximum and sums carry a NaN to the end
+        error2, reference2, error, reference = sums[name]
+        sums[name] = [
+            error2 + difference.square().sum(),
+            reference2 + expected.square().sum(),
+            torch.maximum(error, difference.max()),
+            torch.maximum(reference, expected.max()),
+        ]
+        seen[name] += expected.numel()
+    for name, result in results.items():
+        if seen[name] != result.numel():
+            raise ValueError(f"{op.name}: the reference covers {seen[name]} of {result.numel()} elements of {name}")
+    return {
+        name: Error(float((error2 / reference2).sqrt()), float(error / reference))
+        for name, (error2, reference2, error, reference) in sums.items()
+    }
+
+
+def verdict(op: BenchOp, results: Mapping[str, torch.Tensor], found: Mapping[str, Error]) -> str | None:
+    """What is wrong, or None. A NaN is never within a tolerance."""
+    for name, error in found.items():
+        limit = tolerance(op.name, str(results[name].dtype).removeprefix("torch."))
+        if not error.within(limit.relative, limit.worst):
+            return (
+                f"{name}: relative error {error.relative:.3g} (tolerance {limit.relative:g}), "
+                f"worst {error.worst:.3g} (tolerance {limit.worst:g})"
+            )
+    return None

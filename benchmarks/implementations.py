@@ -1,0 +1,203 @@
+"""How each implementation of an operator is compiled, called, waited for and reset on operands of its own framework."""
+
+import contextlib
+import functools
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
+
+import torch
+from parity_tests.cases import Case
+from ssm_configs import override
+from ssm_configs.spec import Knobs
+
+from .op import BenchOp, Storage, Tensors, draw
+from .peers import Peer
+from .timing import Call
+
+
+class Operands(Protocol):
+    """The arguments of one case in one framework; implementations of that framework share them and take turns."""
+
+    def reset(self) -> None:
+        """Back to the initial values, with the output poisoned where the caller owns it."""
+        ...
+
+    def results(self) -> dict[str, torch.Tensor]:
+        """y and the mutated operands after the last call; valid until the next one."""
+        ...
+
+
+class Implementation(Protocol):
+    name: str
+    framework: str
+
+    def compiled_case(self, op: BenchOp, case: Case) -> Case:
+        """The case to compile for this one; cases that map to the same share what `compile` returns."""
+        ...
+
+    def compile(self, op: BenchOp, case: Case, knobs: Knobs | None) -> Any:
+        """Whatever can be done ahead of the first timed call. Thread-safe. `knobs=None`: as the tables say."""
+        ...
+
+    def bind(self, op: BenchOp, operands: Any, compiled: Any, knobs: Knobs | None) -> Call: ...
+
+
+class TorchOperands:
+    def __init__(self, op: BenchOp, initial: Tensors, storage: Storage):
+        self._initial = {name: initial[name] for name in op.mutated}
+        self.tensors = dict(initial)
+        for name, tensor in self._initial.items():
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            self.tensors[name] = storage.take(f"{name}, mutable", tuple(tensor.shape), dtype)
+        self.out = torch.empty_like(initial[op.output])
+        self.y = self.out
+        self.reset()
+
+    def reset(self) -> None:
+        for name, tensor in self._initial.items():
+            self.tensors[name].copy_(tensor)
+        self.out.fill_(float("nan"))
+
+    def results(self) -> dict[str, torch.Tensor]:
+        return {"y": self.y, **{name: self.tensors[name] for name in self._initial}}
+
+
+class _TorchImplementation:
+    """Shared by our Triton twin and the peers: `_function` gives the call on some operands."""
+
+    name: str
+    framework = "torch"
+
+    def __init__(self, device: torch.device):
+        self._device = device
+
+    def compiled_case(self, op: BenchOp, case: Case) -> Case:
+        return op.single(case)
+
+    def compile(self, op: BenchOp, case: Case, knobs: Knobs | None) -> None:
+        """A call on small operands; Triton keeps what it compiled."""
+        storage = Storage(self._device)
+        operands = TorchOperands(op, draw(op, case, storage), storage)
+        self.bind(op, operands, None, knobs).issue()
+        torch.cuda.synchronize()
+
+    def bind(self, op: BenchOp, operands: TorchOperands, compiled: None, knobs: Knobs | None) -> Call:
+        call = self._function(op, operands)
+
+        def issue() -> None:
+            with _pinned(op, "triton", knobs):
+                operands.y = call()
+
+        return Call(self.name, self.framework, issue, torch.cuda.synchronize)
+
+    def _function(self, op: BenchOp, operands: TorchOperands) -> Callable[[], torch.Tensor]:
+        raise NotImplementedError
+
+
+class TritonTwin(_TorchImplementation):
+    name = "triton"
+
+    def _function(self, op: BenchOp, operands: TorchOperands) -> Callable[[], torch.Tensor]:
+        import triton_ssm
+
+        named = {name: tensor for name, tensor in operands.tensors.items() if name not in op.positional}
+        positional = [operands.tensors[name] for name in op.positional]
+        return functools.partial(
+            getattr(triton_ssm, op.name), *positional, **named, **op.scalars, out=operands.out
+        )
+
+
+class PeerImplementation(_TorchImplementation):
+    """It picks its own configs."""
+
+    def __init__(self, device: torch.device, peer: Peer, function: Callable[..., Any]):
+        super().__init__(device)
+        self.name, self._peer, self._peer_function = peer.implementation, peer, function
+
+    def _function(self, op: BenchOp, operands: TorchOperands) -> Callable[[], torch.Tensor]:
+        return self._peer.adapt(self._peer_function, operands.tensors, operands.out)
+
+
+class JaxOperands:
+    """JAX's own copies: a buffer that came in through DLPack belongs to torch and could not be donated."""
+
+    def __init__(self, op: BenchOp, initial: Tensors):
+        self._initial = {name: initial[name] for name in op.mutated}
+        # in the order of the operands, which is that of the compiled program's arguments
+        self.arrays = {name: None if name in op.mutated else _to_jax(tensor) for name, tensor in initial.items()}
+        self.y: Any = None
+        self.reset()
+
+    def reset(self) -> None:
+        for name in self._initial:
+            self.arrays[name] = None  # freed before its successor is allocated
+        for name, tensor in self._initial.items():
+            self.arrays[name] = _to_jax(tensor)
+
+    def results(self) -> dict[str, torch.Tensor]:
+        results = {"y": self.y, **{name: self.arrays[name] for name in self._initial}}
+        return {name: torch.from_dlpack(array) for name, array in results.items()}
+
+    def wait(self) -> None:
+        import jax
+
+        jax.block_until_ready([self.y, *(self.arrays[name] for name in self._initial)])
+
+
+class JaxTwin:
+    """`pallas_ssm` under jit, its state donated and handed from call to call as a model would."""
+
+    framework = "jax"
+
+    def __init__(self, implementation: str):
+        self.name = implementation
+
+    def compiled_case(self, op: BenchOp, case: Case) -> Case:
+        return case  # shapes are static
+
+    def compile(self, op: BenchOp, case: Case, knobs: Knobs | None) -> Any:
+        """The compiled program."""
+        import jax
+        import pallas_ssm
+
+        operands = op.operands(case)
+        shapes = [jax.ShapeDtypeStruct(operand.shape, jax.numpy.dtype(operand.dtype)) for operand in operands.values()]
+
+        def call(*arrays: Any) -> Any:
+            named = dict(zip(operands, arrays, strict=True))
+            positional = [named.pop(name) for name in op.positional]
+            function = getattr(pallas_ssm, op.name)
+            return function(*positional, **named, **op.scalars, implementation=self.name)
+
+        donated = [list(operands).index(name) for name in op.mutated]
+        with _pinned(op, "pallas", knobs):
+            return jax.jit(call, donate_argnums=donated).lower(*shapes).compile()
+
+    def bind(self, op: BenchOp, operands: JaxOperands, compiled: Any, knobs: Knobs | None) -> Call:
+        names, arrays, mutated = tuple(operands.arrays), operands.arrays, op.mutated
+
+        def issue() -> None:
+            result = compiled(*(arrays[name] for name in names))
+            operands.y, *updated = result if mutated else (result,)
+            arrays.update(zip(mutated, updated, strict=True))
+
+        return Call(self.name, self.framework, issue, operands.wait)
+
+
+def own(device: torch.device) -> dict[str, Implementation]:
+    """The implementations of this repository, by the name they have in results."""
+    return {"triton": TritonTwin(device), "mosaic_gpu": JaxTwin("mosaic_gpu"), "xla": JaxTwin("xla")}
+
+
+def _pinned(op: BenchOp, twin: str, knobs: Mapping[str, Any] | None) -> AbstractContextManager[None]:
+    return override(op.name, twin=twin, **knobs) if knobs else contextlib.nullcontext()
+
+
+def _to_jax(tensor: torch.Tensor) -> Any:
+    import jax
+    import jax.numpy as jnp
+
+    torch.cuda.synchronize()  # the two frameworks know nothing of each other's streams
+    return jax.block_until_ready(jnp.array(jax.dlpack.from_dlpack(tensor), copy=True))
+
