@@ -59,6 +59,8 @@ class BenchOp:
 
     case: Callable[[int, Mapping[str, int], str], Case]
     """(size, statics, table dtype) -> the shape behind a table key."""
+    table_key: Callable[[Case], tuple[int, dict[str, int]]]
+    """The inverse, for any case: (size, statics)."""
     single: Callable[[Case], Case]
     """The smallest case that compiles the same Triton kernel: what warms it up."""
     operands: Callable[[Case], dict[str, Operand]]

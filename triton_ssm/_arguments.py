@@ -1,12 +1,11 @@
 """From torch tensors to what the contracts check and what the kernels take. Nothing here synchronises with a GPU."""
 
-import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 
-from ssm_configs.contracts.selective_state_update import INDICES, Dims
+from ssm_configs.contracts.selective_state_update import Dims
 
 _NAMES = {
     torch.float32: "float32",
@@ -51,39 +50,41 @@ def checked(check: Callable[..., Dims], tensors: Mapping[str, Any], null_slot: A
     )
 
 
-def check_slot_values(tensors: Mapping[str, Any], dims: Dims) -> None:
+def check_slot_values(tensors: Sequence[torch.Tensor | None], dims: Dims) -> None:
     """What the index tensors hold, where looking costs no synchronisation: on the CPU."""
-    if tensors["state"].device.type != "cpu":
+    if tensors[0] is None or tensors[0].device.type != "cpu":
         return
-    for name in INDICES[:2]:
-        slots = tensors[name]
+    *_, source, target, bounds, _ = tensors
+    for name, slots in (("state_batch_indices", source), ("dst_state_batch_indices", target)):
         if slots is not None and slots.numel() and int(slots.max()) >= dims.S:
             raise ValueError(f"{name}: expected slots < S={dims.S}, got {int(slots.max())}")
-    bounds = tensors["cu_seqlens"]
-    if bounds is not None:
-        if bounds[0] != 0 or (bounds.diff() < 0).any() or bounds[-1] > dims.T:
-            raise ValueError(f"cu_seqlens: expected 0 <= … <= T={dims.T} without a descent, got {bounds.tolist()}")
+    if bounds is not None and (bounds[0] != 0 or (bounds.diff() < 0).any() or bounds[-1] > dims.T):
+        raise ValueError(f"cu_seqlens: expected 0 <= … <= T={dims.T} without a descent, got {bounds.tolist()}")
 
 
-def collapse_expanded(tensor: torch.Tensor | None, rank: int, count: int) -> torch.Tensor | None:
-    """`tensor` without its last `count` axes if it has `rank` axes and those are expanded (stride 0)."""
-    if tensor is None or tensor.dim() != rank or any(tensor.stride(-1 - axis) for axis in range(count)):
-        return tensor
-    # An axis of size 1 may carry any stride; one that is empty has no element to keep.
-    if any(tensor.shape[-1 - axis] < 1 for axis in range(count)):
-        return tensor
-    return tensor[(..., *(0,) * count)]
+def is_expanded(tensor: torch.Tensor | None, rank: int, axes: int) -> bool:
+    """Whether `tensor` has `rank` axes, of which the last `axes` repeat one element."""
+    if tensor is None or tensor.dim() != rank:
+        return False
+    return all(size and not stride for size, stride in zip(tensor.shape[-axes:], tensor.stride()[-axes:], strict=True))
 
 
-def dense(tensor: torch.Tensor | None) -> torch.Tensor | None:
-    return None if tensor is None else tensor.contiguous()
+def collapse(axes: int) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Drops the last `axes` axes of an expanded tensor."""
+    return lambda tensor: tensor[(..., *(0,) * axes)]
 
 
-def dense_rows(tensor: Any) -> Any:
-    """`tensor` with every row (all axes but the first) dense: itself, where it is, else a copy."""
-    if tensor is None or tensor.shape[0] == 0 or tensor[0].is_contiguous():
-        return tensor
-    return tensor.contiguous()
+def then_dense(view: Callable[[torch.Tensor], torch.Tensor] | None) -> Callable[[torch.Tensor], torch.Tensor]:
+    return torch.Tensor.contiguous if view is None else lambda tensor: view(tensor).contiguous()
+
+
+def is_dense(tensor: torch.Tensor | None) -> bool:
+    return tensor is None or tensor.is_contiguous()
+
+
+def has_dense_rows(tensor: torch.Tensor | None) -> bool:
+    """Whether every row (all axes but the first) is dense."""
+    return tensor is None or tensor.shape[0] == 0 or tensor[0].is_contiguous()
 
 
 def row_stride(tensor: torch.Tensor | None) -> int:
@@ -132,8 +133,3 @@ def seed_tensor(seed: Any, device: torch.device) -> torch.Tensor | None:
     if not 0 <= seed < 2**64:
         raise ValueError(f"rounding_seed: expected 0 <= seed < 2**64, got {seed}")
     return torch.full((), seed - 2**64 if seed >= 2**63 else seed, dtype=torch.int64, device=device)
-
-
-def on_device(tensor: torch.Tensor) -> contextlib.AbstractContextManager:
-    """Triton launches on the current device, which need not be the tensors'."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()

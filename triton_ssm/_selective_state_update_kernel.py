@@ -90,7 +90,7 @@ def selective_state_update_kernel(
     slot_stride, x_stride, dt_stride, B_stride, C_stride, z_stride, y_stride,
     H: tl.constexpr, G: tl.constexpr, P: tl.constexpr, N: tl.constexpr, T_MAX: tl.constexpr,
     TIED_DT: tl.constexpr, TIED_DT_BIAS: tl.constexpr, TIED_A: tl.constexpr, TIED_D: tl.constexpr,
-    DT_SOFTPLUS: tl.constexpr, BLOCK_SIZE_M: tl.constexpr, BLOCK_SIZE_N: tl.constexpr,
+    DT_SOFTPLUS: tl.constexpr, BLOCK_SIZE_N: tl.constexpr, BLOCK_SIZE_M: tl.constexpr,
 ):  # fmt: skip
     TIED_STEP: tl.constexpr = TIED_DT and TIED_DT_BIAS
     BLOCKS: tl.constexpr = (P + BLOCK_SIZE_M - 1) // BLOCK_SIZE_M

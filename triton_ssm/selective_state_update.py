@@ -11,14 +11,18 @@ Source: Dao and Gu, "Transformers are SSMs", 2024 (arXiv 2405.21060). Slots, pac
 vLLM's operator of this name, except that padding rows give zeros and every index is bounded before it is used.
 """
 
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
 import torch
 import triton
 
-from ssm_configs import lookup
+from ssm_configs import Device, lookup
 from ssm_configs.contracts import selective_state_update as contract
 
 from . import _arguments
 from ._device import tuning_device
+from ._plans import Cache, Launcher, call_key
 from ._selective_state_update_kernel import selective_state_update_kernel
 
 
@@ -81,31 +85,24 @@ def selective_state_update(
             GPU, where looking would cost a synchronisation, its rows of y are NaN and no state is touched.
         RuntimeError: an argument asks for a gradient; there is no backward here.
     """
-    tensors = {
-        "state": state, "x": x, "dt": dt, "A": A, "B": B, "C": C, "D": D, "z": z, "dt_bias": dt_bias,
-        "state_batch_indices": state_batch_indices, "dst_state_batch_indices": dst_state_batch_indices,
-        "cu_seqlens": cu_seqlens, "num_accepted_tokens": num_accepted_tokens,
-    }  # fmt: skip
-    _arguments.check_tensors(tensors, "selective_state_update")
-    if type(dt_softplus) is not bool:
-        raise TypeError(f"dt_softplus: expected a bool, got {type(dt_softplus).__name__}")
-    # The operators of mamba_ssm and vLLM take per-head numbers as expanded views; here they are what they are.
-    headless = state.dim() == 3
-    dt = tensors["dt"] = _arguments.collapse_expanded(dt, x.dim(), 1)
-    A = tensors["A"] = _arguments.collapse_expanded(A, 2 if headless else 3, 2)
-    D = tensors["D"] = _arguments.collapse_expanded(D, 1 if headless else 2, 1)
-    dt_bias = tensors["dt_bias"] = _arguments.collapse_expanded(dt_bias, 1 if headless else 2, 1)
-
-    dims = _arguments.checked(contract.check, tensors, null_slot, rounding_seed is not None)
-    slot_stride = _slot_stride(state, dims)
+    tensors = (
+        state, x, dt, A, B, C, D, z, dt_bias,
+        state_batch_indices, dst_state_batch_indices, cu_seqlens, num_accepted_tokens,
+    )  # fmt: skip
+    # with their types: 1 is as good a key as True, and only one of them is a bool
+    key = call_key(tensors, type(dt_softplus), dt_softplus, type(null_slot), null_slot, rounding_seed is None)
+    plan = _PLANS.get(key)
+    if plan is None:
+        plan = _PLANS[key] = _make_plan(tensors, dt_softplus, null_slot, rounding_seed is not None)
+    dims = plan.dims
     _arguments.check_slot_values(tensors, dims)
     y = _arguments.output_like(x, out)
     seed = _arguments.seed_tensor(rounding_seed, state.device)
     config = lookup(
         "selective_state_update",
         twin="triton",
-        device=tuning_device(state.device),
-        dtype=_arguments.dtype_name(state.dtype),
+        device=plan.device,
+        dtype=plan.state_dtype,
         size=dims.N_seq * dims.H,
         headdim=dims.P,
         dstate=dims.N,
@@ -113,26 +110,80 @@ def selective_state_update(
     if dims.T == 0:
         return y
 
-    x, z, dt, B, C = (_arguments.dense_rows(tensor) for tensor in (x, z, dt, B, C))
     BLOCK_SIZE_M = config["BLOCK_SIZE_M"]
-    blocks = triton.cdiv(dims.P, BLOCK_SIZE_M)
     # One axis, because the others stop at 65,535; row blocks run fastest, so that neighbours stream through one slot.
     # Without a sequence there is nobody to zero the padding rows, hence at least one.
-    grid = (max(dims.N_seq, 1) * dims.H * blocks,)
-    with _arguments.on_device(state):
-        selective_state_update_kernel[grid](
-            state, x, dt, _arguments.dense(A), B, C, _arguments.dense(D), z, _arguments.dense(dt_bias), y,
-            _arguments.dense(state_batch_indices), _arguments.dense(dst_state_batch_indices),
-            _arguments.dense(cu_seqlens), _arguments.dense(num_accepted_tokens), seed,
-            dims.T, dims.N_seq, dims.S, -1 if null_slot is None else null_slot,
-            slot_stride, *(_arguments.row_stride(tensor) for tensor in (x, dt, B, C, z, y)),
-            H=dims.H, G=dims.G, P=dims.P, N=dims.N, T_MAX=dims.T_max,
-            TIED_DT=dims.tied_dt, TIED_DT_BIAS=dims.tied_dt_bias, TIED_A=dims.tied_A, TIED_D=dims.tied_D,
-            DT_SOFTPLUS=dt_softplus,
-            BLOCK_SIZE_M=BLOCK_SIZE_M, BLOCK_SIZE_N=max(8, triton.next_power_of_2(dims.N)),
-            num_warps=config["num_warps"],
-        )  # fmt: skip
+    grid = (max(dims.N_seq, 1) * dims.H * triton.cdiv(dims.P, BLOCK_SIZE_M), 1, 1)
+    state, x, dt, A, B, C, D, z, dt_bias, *slots = plan.apply(tensors)
+    _LAUNCH(
+        key,
+        grid,
+        (
+            state, x, dt, A, B, C, D, z, dt_bias, y, *slots, seed,
+            dims.T, dims.N_seq, dims.S, -1 if null_slot is None else null_slot, *plan.strides, _arguments.row_stride(y),
+        ),
+        (*plan.constants, BLOCK_SIZE_M),
+        config["num_warps"],
+    )  # fmt: skip
     return y
+
+
+_LAUNCH = Launcher(selective_state_update_kernel)
+_PLANS: Cache["_Plan"] = Cache()
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """All that follows from the shapes, strides, dtypes and options of a legal call, worked out once for all like it."""
+
+    dims: contract.Dims
+    device: Device
+    state_dtype: str
+    views: tuple[tuple[int, Callable[[torch.Tensor], torch.Tensor]], ...]
+    """Which tensors reach the kernel in another form, and how."""
+    strides: tuple[int, ...]
+    constants: tuple[int | bool, ...]
+
+    def apply(self, tensors: Sequence[torch.Tensor | None]) -> Sequence[torch.Tensor | None]:
+        if not self.views:
+            return tensors
+        seen = list(tensors)
+        for index, view in self.views:
+            seen[index] = view(seen[index])  # type: ignore[arg-type]
+        return seen
+
+
+def _make_plan(tensors: tuple, dt_softplus: bool, null_slot: int | None, stochastic_rounding: bool) -> _Plan:
+    """Raises where the call is not legal."""
+    named = dict(zip((*contract.REQUIRED, *contract.OPTIONAL), tensors, strict=True))
+    _arguments.check_tensors(named, "selective_state_update")
+    if type(dt_softplus) is not bool:
+        raise TypeError(f"dt_softplus: expected a bool, got {type(dt_softplus).__name__}")
+    # The operators of mamba_ssm and vLLM take per-head numbers as expanded views; here they are what they are.
+    heads = tensors[0].dim() - 3
+    views = {}
+    for name, rank, axes in (("dt", heads + 2, 1), ("A", heads + 2, 2), ("D", heads + 1, 1), ("dt_bias", heads + 1, 1)):
+        if _arguments.is_expanded(named[name], rank, axes):
+            views[name] = _arguments.collapse(axes)
+            named[name] = views[name](named[name])
+    dims = _arguments.checked(contract.check, named, null_slot, stochastic_rounding)
+    for name, tensor in named.items():
+        by_row = name in ("x", "dt", "B", "C", "z")
+        if name != "state" and not (_arguments.has_dense_rows(tensor) if by_row else _arguments.is_dense(tensor)):
+            views[name] = _arguments.then_dense(views.get(name))
+            named[name] = tensor.contiguous()
+    order = list(named)
+    return _Plan(
+        dims,
+        tuning_device(tensors[0].device),
+        _arguments.dtype_name(tensors[0].dtype),
+        tuple((order.index(name), view) for name, view in views.items()),
+        (_slot_stride(tensors[0], dims), *(_arguments.row_stride(named[name]) for name in ("x", "dt", "B", "C", "z"))),
+        (
+            dims.H, dims.G, dims.P, dims.N, dims.T_max, dims.tied_dt, dims.tied_dt_bias, dims.tied_A, dims.tied_D,
+            dt_softplus, max(8, triton.next_power_of_2(dims.N)),
+        ),
+    )  # fmt: skip
 
 
 def _slot_stride(state: torch.Tensor, dims: contract.Dims) -> int:

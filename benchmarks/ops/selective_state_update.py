@@ -29,6 +29,10 @@ def _case(size: int, statics: Mapping[str, int], dtype: str) -> Case:
     return Case("selective_state_update", f"E={size}", dims, "bfloat16", dtype, options)
 
 
+def _table_key(case: Case) -> tuple[int, dict[str, int]]:
+    return case.dims["B"] * case.dims["H"], {"headdim": case.dims["P"], "dstate": case.dims["N"]}
+
+
 def _single(case: Case) -> Case:
     return replace(case.with_dims(S=1, B=1), name="single")
 
@@ -190,6 +194,7 @@ SELECTIVE_STATE_UPDATE = BenchOp(
     run_dtypes=("float32", "bfloat16", "float16"),
     quoted_as="ssu",
     case=_case,
+    table_key=_table_key,
     single=_single,
     operands=_operands,
     pieces=_pieces,

@@ -1,0 +1,33 @@
+"""python -m benchmarks run|tune|plot. `--help` behind a verb or an op says more."""
+
+import argparse
+import os
+import sys
+
+# JAX would take three quarters of the GPU's memory when it starts, and torch needs its share.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
+
+def parser() -> argparse.ArgumentParser:
+    from . import plot, run_command, tune_command
+
+    top = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    verbs = top.add_subparsers(dest="verb", required=True, metavar="run|tune|plot")
+    for module, text in (
+        (run_command, "time both twins, XLA, the peers and the copy ceiling"),
+        (tune_command, "measure launch configs and write tuning tables"),
+        (plot, "draw the plots and the page from a result file"),
+    ):
+        verb = verbs.add_parser(module.__name__.rpartition(".")[2].removesuffix("_command"), help=text)
+        module.add_arguments(verb)
+        verb.set_defaults(main=module.main)
+    return top
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = parser().parse_args(argv)
+    return arguments.main(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

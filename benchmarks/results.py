@@ -1,0 +1,113 @@
+"""The result file: one JSON a device and op, the only source of every figure that is shown."""
+
+import datetime
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from parity_tests.cases import Case
+
+from .op import BenchOp
+
+CEILING = "ceiling:copy"
+
+
+@dataclass(kw_only=True)
+class Row:
+    """One implementation at one shape. None: not measured, or without meaning here."""
+
+    case: str
+    dims: Mapping[str, int | str]
+    implementation: str
+    us: float
+    us_p20: float | None = None
+    us_p80: float | None = None
+    host_us: float | None = None
+    bytes: int
+    flops: int | None = None
+    floor_us: float | None = None
+    error: float | None = None
+    """The largest relative error of y and the mutated operands against float64."""
+    config: Mapping[str, Any] | None = None
+    """Launch knobs, and where they come from."""
+    kernels: Sequence[str] | None = None
+    """What ran on the device for one call."""
+    source: str = "measured"
+    """"measured" here and now, or "quoted" from a file of figures measured elsewhere."""
+
+    @property
+    def gbps(self) -> float:
+        return self.bytes / self.us / 1e3
+
+
+def dims_of(case: Case) -> dict[str, int | str]:
+    return {**case.dims, "dtype": case.dtype, "state_dtype": case.state_dtype}
+
+
+def set_floors(rows: Iterable[Row]) -> None:
+    """Floor = least traffic at the rate of the fastest copy measured in the same run."""
+    rows = list(rows)
+    rates = [row.bytes / row.us for row in rows if row.implementation == CEILING]
+    for row in rows:
+        if rates and row.implementation != CEILING:
+            row.floor_us = row.bytes / max(rates)
+
+
+def quoted(op: BenchOp, cases: Sequence[Case], path: Path, names: Sequence[str]) -> list[Row]:
+    """Rows for the peers `names` from a JSONL of figures: op, peer, dims, dtype (of the state) and graph_ms a line.
+
+    `graph_ms` is kernel time like ours; unlike ours it is taken without flushing L2.
+    """
+    figures = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    rows = []
+    for case in cases:
+        for figure in figures:
+            same = all(case.dims[key] == figure[key] for key in case.dims.keys() & figure.keys())
+            same_dtype = figure.get("dtype", "").removeprefix("torch.") == case.state_dtype
+            if figure.get("op") != op.quoted_as or not (same and same_dtype) or figure.get("peer") not in names:
+                continue
+            rows.append(
+                Row(
+                    case=case.name,
+                    dims=dims_of(case),
+                    implementation=f"peer:{figure['peer']}",
+                    us=figure["graph_ms"] * 1e3,
+                    bytes=op.bytes_moved(case),
+                    flops=op.flops(case),
+                    config={"quoted from": path.name, "timing": "CUDA graph replay, L2 not flushed"},
+                    source="quoted",
+                )
+            )
+    return rows
+
+
+def write(path: Path, op: str, device: str, versions: Mapping[str, str], command: str, rows: Sequence[Row]) -> None:
+    """In one step, rows a line each."""
+    head = {
+        "op": op,
+        "device": device,
+        "versions": dict(versions),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "command": command,
+    }
+    lines = [f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in head.items()]
+    body = ",\n".join(f"    {json.dumps(_rounded(asdict(row)), allow_nan=False)}" for row in rows)
+    text = "{\n" + ",\n".join(lines) + ',\n  "rows": [\n' + body + "\n  ]\n}\n"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def read(path: Path) -> tuple[dict[str, Any], list[Row]]:
+    """(everything but the rows, the rows)."""
+    data = json.loads(path.read_text(encoding="utf-8"))
+    rows = [Row(**row) for row in data.pop("rows")]
+    return data, rows
+
+
+def _rounded(row: dict[str, Any]) -> dict[str, Any]:
+    return {key: float(f"{value:.6g}") if isinstance(value, float) else value for key, value in row.items()}

@@ -1,0 +1,169 @@
+"""`python -m benchmarks run <op>`: both twins, XLA, the peers and the copy ceiling, one process, one clock.
+
+At every shape each implementation's values are checked against the float64 definition first; one that is wrong is not
+timed. Implementations take turns within a shape.
+"""
+
+import argparse
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from parity_tests.cases import Case, select
+from ssm_configs import Device, explain
+from tqdm import tqdm
+
+from . import environment, peers, plot, results
+from .implementations import Implementation, PeerImplementation, own
+from .lab import Lab
+from .op import BenchOp, Storage
+from .ops import OPS
+from .results import Row
+from .timing import CLOCKS, Clock, copy_call, host_us
+from .tune import floor_us
+
+RESULTS = Path(__file__).parent / "results"
+# bytes of one buffer; a copy reads and writes it
+COPY_SIZES = tuple(1 << power for power in (24, 26, 28, 30, 31, 32))
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = __doc__
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("op", choices=OPS)
+    parser.add_argument("--sizes", type=int, nargs="*", help="of the sweep (default: the op's own)", metavar="N")
+    parser.add_argument("--dtypes", nargs="+", help="of the state, in the sweep (default: the op's own)")
+    parser.add_argument("--no-cases", action="store_true", help="only the sweep, without the models' shapes")
+    parser.add_argument("--implementations", nargs="+", help="only these (default: all)", metavar="NAME")
+    parser.add_argument("--clock", choices=CLOCKS, default="kineto", help="events: torch only, without a profiler")
+    parser.add_argument("--peers-figures", type=Path, metavar="JSONL", help="quoted for peers that cannot be imported")
+    parser.add_argument("--out", type=Path, help="folder (default: benchmarks/results/<device>)")
+
+
+def main(arguments: argparse.Namespace) -> int:
+    op = OPS[arguments.op]
+    device = torch.device("cuda")
+    target = Device(environment.device_name(device), torch.cuda.get_device_capability(device))
+    clock = CLOCKS[arguments.clock](device)
+    present, missing = peers.find(op.peers)
+    for peer, reason in missing.items():
+        print(f"{peer.implementation} is missing: {reason}")
+
+    implementations = own(device) | {
+        peer.implementation: PeerImplementation(device, peer, function) for peer, function in present.items()
+    }
+    implementations = {
+        name: implementation
+        for name, implementation in implementations.items()
+        if arguments.implementations is None or name in arguments.implementations
+    }
+    for name in [name for name, one in implementations.items() if not clock.supports(one.framework)]:
+        print(f"{name} is left out: the {arguments.clock} clock cannot time it")
+        del implementations[name]
+
+    cases = sweep(op, arguments.sizes, arguments.dtypes)
+    if not arguments.no_cases:
+        cases += select(op=op.name, tags=("standard",))
+    rows, failures = ceiling(clock, device), []
+    path = (arguments.out or RESULTS / target.table_name) / f"{op.name}.json"
+    try:
+        measure(op, cases, implementations, clock, device, target, rows, failures)
+    finally:  # what was measured before a crash is worth having
+        if arguments.peers_figures:
+            rows += results.quoted(op, cases, arguments.peers_figures, [peer.name for peer in missing])
+        results.set_floors(rows)
+        versions = environment.versions() | {peer.name: peer.version() for peer in present}
+        command = " ".join(["python -m benchmarks", *sys.argv[1:]])
+        results.write(path, op.name, target.table_name, versions, command, rows)
+        print(path)
+    for written in plot.draw(path):
+        print(written)
+    for failure in failures:
+        print(f"FAILED {failure}", file=sys.stderr)
+    return 1 if failures else 0
+
+
+def sweep(op: BenchOp, sizes: Sequence[int] | None, dtypes: Sequence[str] | None) -> list[Case]:
+    chosen = op.run_sizes if sizes is None else sizes
+    # largest first: its buffers then serve the others
+    chosen = sorted(chosen, reverse=True)
+    return [op.case(size, op.run_statics, dtype) for dtype in dtypes or op.run_dtypes for size in chosen]
+
+
+def ceiling(clock: Clock, device: torch.device) -> list[Row]:
+    """Copies of several sizes, by the same clock as everything else."""
+    rows = []
+    for size in COPY_SIZES:
+        (sample,) = clock.cold_us([copy_call(size, device)], repeats=10)
+        rows.append(
+            Row(
+                case=f"copy {size >> 20} MiB",
+                dims={"bytes": size},
+                implementation=results.CEILING,
+                us=sample.us,
+                us_p20=sample.us_p20,
+                us_p80=sample.us_p80,
+                bytes=2 * size,
+                kernels=sample.kernels,
+            )
+        )
+    torch.cuda.empty_cache()
+    return rows
+
+
+def measure(
+    op: BenchOp,
+    cases: Sequence[Case],
+    implementations: Mapping[str, Implementation],
+    clock: Clock,
+    device: torch.device,
+    target: Device,
+    rows: list[Row],
+    failures: list[str],
+) -> None:
+    """Appends to `rows` and, what went wrong in words, to `failures`."""
+    storage = Storage(device)
+    labs = {name: Lab(op, one, clock, device, storage) for name, one in implementations.items()}
+    for lab in labs.values():
+        lab.compile([(case, None) for case in cases])
+    for case in tqdm(cases, unit="case"):
+        errors: dict[str, float] = {}
+        for name, lab in labs.items():
+            wrong, found = lab.check(case, None)
+            if wrong is None:
+                errors[name] = max(found.values())
+            else:
+                failures.append(f"{name}: {case}: {wrong}")
+        if not errors:
+            continue
+        calls = [labs[name].call(case) for name in errors]
+        samples = clock.cold_us(calls, repeats=30 if floor_us(op, case) < 200 else 15)
+        for call, sample in zip(calls, samples, strict=True):
+            rows.append(
+                Row(
+                    case=case.name,
+                    dims=results.dims_of(case),
+                    implementation=call.label,
+                    us=sample.us,
+                    us_p20=sample.us_p20,
+                    us_p80=sample.us_p80,
+                    host_us=host_us(call),
+                    bytes=op.bytes_moved(case),
+                    flops=op.flops(case),
+                    error=errors[call.label],
+                    config=_config(op, call.label, case, target),
+                    kernels=sample.kernels,
+                )
+            )
+
+
+def _config(op: BenchOp, name: str, case: Case, target: Device) -> dict[str, Any] | None:
+    """The launch knobs and the rule that gave them, for the implementations that read our tables."""
+    twin = {"triton": "triton", "mosaic_gpu": "pallas"}.get(name)
+    if twin is None:
+        return None
+    size, statics = op.table_key(case)
+    config = explain(op.name, twin=twin, device=target, dtype=case.state_dtype, size=size, **statics).config
+    return {**config.knobs, "source": config.source, "key": config.key}

@@ -1,0 +1,196 @@
+"""The tuner: which launch config is fastest for each size, among those that compute the right thing.
+
+One table is one (static sizes, dtype) on one device. For each twin:
+
+1. Every candidate is compiled ahead and checked once against the float64 definition, y and state, at a middle size.
+2. Every correct candidate is timed at all sizes; where a size is a compile of its own (JAX), at `first_sizes`, and the
+   best of those at the others.
+3. `winners.choose` picks, and each winner is checked again at its own size. One that fails there is out, and the choice
+   is made anew.
+
+Every measurement is logged before the next one starts, and the table is a function of the logs of both twins.
+"""
+
+import itertools
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from parity_tests.cases import Case
+from ssm_configs.spec import Knobs
+
+from . import winners
+from .op import BenchOp
+from .timing import Sample
+from .tuning_log import TuningLog, config_of
+
+KEEP = 3
+"""Candidates that go on to a size from the nearest of `first_sizes`; each of the others sends its winner."""
+
+
+class Bench(Protocol):
+    """What the tuner needs of a `Lab`."""
+
+    @property
+    def static_shapes(self) -> bool: ...
+
+    def compile(self, pairs: Sequence[tuple[Case, Knobs | None]]) -> None: ...
+
+    def failure(self, case: Case, knobs: Knobs | None) -> str | None: ...
+
+    def check(self, case: Case, knobs: Knobs | None) -> tuple[str | None, dict[str, float]]: ...
+
+    def time(self, case: Case, configs: Sequence[Knobs], repeats: int) -> list[Sample]: ...
+
+
+@dataclass(frozen=True)
+class Job:
+    """One twin's half of one table."""
+
+    op: BenchOp
+    twin: str
+    statics: Mapping[str, int]
+    dtype: str
+    sizes: tuple[int, ...]
+    candidates: tuple[Knobs, ...] = field(init=False)
+
+    def __post_init__(self):
+        object.__setattr__(self, "candidates", tuple(self.op.candidates(self.twin, self.statics, self.dtype)))
+
+    def __str__(self) -> str:
+        statics = ",".join(f"{key}={value}" for key, value in self.statics.items())
+        return f"{statics},{self.op.spec.dtype_key}={self.dtype} {self.twin}"
+
+    def case(self, size: int) -> Case:
+        return self.op.case(size, self.statics, self.dtype)
+
+    @property
+    def check_size(self) -> int:
+        """The middle of the op's first sizes, or what comes nearest to it."""
+        middle = self.op.first_sizes[len(self.op.first_sizes) // 2]
+        return min(self.sizes, key=lambda size: _distance(size, middle))
+
+    def first_sizes(self, static_shapes: bool) -> tuple[int, ...]:
+        if not static_shapes:
+            return self.sizes
+        nearest = {min(self.sizes, key=lambda size: _distance(size, first)) for first in self.op.first_sizes}
+        return tuple(sorted(nearest))
+
+
+class TuningError(RuntimeError):
+    """No candidate is left for a size."""
+
+
+def tune(job: Job, bench: Bench, log: TuningLog, step: Callable[[int], Any] = lambda n: None) -> None:
+    """Measures until `winners.from_log` has a checked winner for every size. `step(n)`: n more configs are timed."""
+    cases = {size: job.case(size) for size in job.sizes}
+    first = job.first_sizes(bench.static_shapes)
+
+    _compile(bench, log, cases, [(size, knobs) for size in first for knobs in job.candidates])
+    correct = [knobs for knobs in job.candidates if _check(bench, log, job.check_size, cases, knobs) is None]
+    # Large sizes first: their buffers then serve the small ones.
+    for size in sorted(first, reverse=True):
+        _time(job, bench, log, cases, size, correct, step)
+
+    rest = [size for size in job.sizes if size not in first]
+    finalists = {size: _finalists(log, size, first, correct) for size in rest}
+    _compile(bench, log, cases, [(size, knobs) for size in rest for knobs in finalists[size]])
+    for size in sorted(rest, reverse=True):
+        _time(job, bench, log, cases, size, finalists[size], step)
+
+    while True:
+        chosen = winners.from_log(log, job.sizes)
+        if chosen is None:
+            raise TuningError(
+                f"{job}: no candidate computes the right thing at every size; {log.path} says what failed"
+            )
+        unchecked = [(size, config) for size, config in chosen.items() if (size, config) not in log.verdicts]
+        if not unchecked:
+            return
+        for size, config in sorted(unchecked, reverse=True):
+            _check(bench, log, size, cases, dict(config))
+
+
+def is_complete(log: TuningLog, sizes: Sequence[int]) -> bool:
+    chosen = winners.from_log(log, sizes)
+    return chosen is not None and all((size, config) in log.verdicts for size, config in chosen.items())
+
+
+def repeats(floor_us: float) -> int:
+    """Enough for a median; a long kernel needs fewer, for its clock is finer and its noise smaller."""
+    return 15 if floor_us < 1000 else 7 if floor_us < 5000 else 5
+
+
+def floor_us(op: BenchOp, case: Case) -> float:
+    """A rough one, at 4 TB/s, for choosing repeats and estimating how long tuning takes."""
+    return op.bytes_moved(case) / 4e6
+
+
+def estimate_seconds(job: Job, static_shapes: bool) -> float:
+    """How long a job takes, to within a factor of two."""
+    first = job.first_sizes(static_shapes)
+    finalists = min(len(job.candidates), KEEP + len(first) - 1)
+    timed = {size: len(job.candidates) if size in first else finalists for size in job.sizes}
+    compiles = sum(timed.values()) if static_shapes else len(job.candidates)
+    seconds = compiles * 0.7 / max(1, min(8, (os.cpu_count() or 1) // 2))
+    for size, n in timed.items():
+        us = floor_us(job.op, job.case(size))
+        # a session, the flushes and waits of each repeat, and the check of the winner, which passes over float64
+        seconds += 0.05 + n * repeats(us) * (1.3 * us + 300) / 1e6 + (50 * us + 20_000) / 1e6
+    return seconds
+
+
+def _distance(size: int, other: int) -> float:
+    return abs(math.log(size / other))
+
+
+def _finalists(log: TuningLog, size: int, first: Sequence[int], correct: Sequence[Knobs]) -> list[Knobs]:
+    by_distance = sorted(first, key=lambda other: _distance(size, other))
+    ranked = {other: sorted(correct, key=lambda knobs: _logged(log, other, knobs)) for other in by_distance}
+    best = [ranked[other][: KEEP if other == by_distance[0] else 1] for other in by_distance]
+    return [dict(config) for config in dict.fromkeys(tuple(knobs.items()) for knobs in itertools.chain(*best))]
+
+
+def _logged(log: TuningLog, size: int, knobs: Knobs) -> float:
+    return log.times.get(size, {}).get(config_of(knobs), math.inf)
+
+
+def _compile(bench: Bench, log: TuningLog, cases: Mapping[int, Case], pairs: Sequence[tuple[int, Knobs]]) -> None:
+    """What the log does not answer yet."""
+    bench.compile([(cases[size], knobs) for size, knobs in pairs if _logged(log, size, knobs) == math.inf])
+
+
+def _check(bench: Bench, log: TuningLog, size: int, cases: Mapping[int, Case], knobs: Knobs) -> str | None:
+    try:
+        return log.verdict(size, knobs)
+    except KeyError:
+        log.start_check(size, knobs)
+        wrong, errors = bench.check(cases[size], knobs)
+        log.add_verdict(size, knobs, wrong, errors=errors)
+        return wrong
+
+
+def _time(
+    job: Job,
+    bench: Bench,
+    log: TuningLog,
+    cases: Mapping[int, Case],
+    size: int,
+    configs: Sequence[Knobs],
+    step: Callable[[int], Any],
+) -> None:
+    case, todo = cases[size], []
+    for knobs in configs:
+        if _logged(log, size, knobs) != math.inf:
+            continue
+        if failure := bench.failure(case, knobs):
+            log.add_verdict(size, knobs, failure)
+        else:
+            todo.append(knobs)
+    if todo:
+        samples = bench.time(case, todo, repeats(floor_us(job.op, case)))
+        for knobs, sample in zip(todo, samples, strict=True):
+            log.add_time(size, knobs, us=sample.us, us_p20=sample.us_p20, us_p80=sample.us_p80, kernels=sample.kernels)
+    step(len(configs))

@@ -1,0 +1,81 @@
+"""From JAX arrays to what the contracts check. Nothing here runs on a device or waits for one."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ssm_configs.contracts.selective_state_update import INDICES, Dims
+
+
+def check_arrays(arrays: Mapping[str, Any]) -> dict[str, jax.Array]:
+    """The arrays among the arguments; TypeError for anything that is neither an array nor None."""
+    for name, array in arrays.items():
+        if array is not None and not isinstance(array, jax.Array | np.ndarray | np.generic):
+            raise TypeError(f"{name}: expected an array, got {type(array).__name__}")
+    return {name: array for name, array in arrays.items() if array is not None}
+
+
+def checked(check: Callable[..., Dims], arrays: Mapping[str, Any], null_slot: Any, stochastic_rounding: bool) -> Dims:
+    """`check` on the arrays' shapes and dtype names."""
+    return check(
+        {name: tuple(array.shape) for name, array in arrays.items()},
+        {name: jnp.dtype(array.dtype).name for name, array in arrays.items()},
+        null_slot=null_slot,
+        stochastic_rounding=stochastic_rounding,
+    )
+
+
+def check_slot_values(arrays: Mapping[str, Any], dims: Dims) -> None:
+    """What the index arrays hold, where looking waits for no device: concrete values on the host."""
+    for name in INDICES[:2]:
+        slots = _on_host(arrays.get(name))
+        if slots is not None and slots.size and int(slots.max()) >= dims.S:
+            raise ValueError(f"{name}: expected slots < S={dims.S}, got {int(slots.max())}")
+    bounds = _on_host(arrays.get("cu_seqlens"))
+    if bounds is not None and (bounds[0] != 0 or (np.diff(bounds) < 0).any() or bounds[-1] > dims.T):
+        raise ValueError(f"cu_seqlens: expected 0 <= … <= T={dims.T} without a descent, got {bounds.tolist()}")
+
+
+def _on_host(array: Any) -> np.ndarray | None:
+    if array is None or isinstance(array, jax.core.Tracer):
+        return None
+    if isinstance(array, jax.Array) and any(device.platform != "cpu" for device in array.devices()):
+        return None
+    return np.asarray(array)
+
+
+def index_array(array: Any) -> jax.Array | None:
+    """int32; what an int64 holds beyond its range stays out of every range it is compared with."""
+    if array is None:
+        return None
+    if array.dtype == jnp.int32:
+        return jnp.asarray(array)
+    limits = np.iinfo(np.int32)
+    return jnp.clip(array, limits.min, limits.max).astype(jnp.int32)
+
+
+def rounding_key(seed: Any) -> jax.Array | None:
+    """The seed as Philox's key, two 32-bit words, low word first."""
+    if seed is None:
+        return None
+    if isinstance(seed, jax.Array | np.ndarray | np.generic):
+        if seed.shape != () or seed.dtype not in (jnp.int32, jnp.uint32, np.int64, np.uint64):
+            raise ValueError(
+                f"rounding_seed: expected a scalar of dtype int32, uint32, int64 or uint64, got shape {seed.shape} "
+                f"{seed.dtype.name}"
+            )
+        if seed.dtype.itemsize == 4:  # 32 bits of seed, not a number to sign-extend into the upper half of the key
+            low = jax.lax.convert_element_type(seed, jnp.uint32)
+            return jnp.stack([low, jnp.zeros_like(low)])
+        if isinstance(seed, np.ndarray | np.generic):
+            return rounding_key(int(seed) % 2**64)
+        bits = jax.lax.convert_element_type(seed, jnp.uint64)
+        return jnp.stack([bits, bits >> 32]).astype(jnp.uint32)
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise TypeError(f"rounding_seed: expected an int, an integer scalar array or None, got {type(seed).__name__}")
+    if not 0 <= seed < 2**64:
+        raise ValueError(f"rounding_seed: expected 0 <= seed < 2**64, got {seed}")
+    return jnp.asarray(np.array([seed & 0xFFFFFFFF, seed >> 32], np.uint32))

@@ -1,0 +1,66 @@
+"""One checked call of `selective_state_update`, in the form that every implementation takes."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from ssm_configs.contracts.selective_state_update import Dims
+
+# What a gradient is taken in; None where an option is absent.
+FLOATS = ("state", "x", "dt", "A", "B", "C", "D", "z", "dt_bias")
+
+
+class Floats(NamedTuple):
+    """The arguments that a gradient can be taken in, with a head axis (of size 1 in a head-less call)."""
+
+    state: jax.Array
+    x: jax.Array
+    dt: jax.Array
+    A: jax.Array
+    B: jax.Array
+    C: jax.Array
+    D: jax.Array | None
+    z: jax.Array | None
+    dt_bias: jax.Array | None
+
+
+class Integers(NamedTuple):
+    """int32 indices, and the two words of the rounding key."""
+
+    source: jax.Array | None
+    target: jax.Array | None
+    cu_seqlens: jax.Array | None
+    accepted: jax.Array | None
+    key: jax.Array | None
+
+
+@dataclass(frozen=True)
+class Static:
+    """What keys a compile."""
+
+    dims: Dims
+    dt_softplus: bool
+    null_slot: int | None
+
+    def is_padding(self, slot: jax.Array) -> jax.Array:
+        return slot < 0 if self.null_slot is None else (slot < 0) | (slot == self.null_slot)
+
+
+def with_heads(floats: Floats) -> Floats:
+    """A head-less call with its head axis put in: H = G = 1."""
+    state, x, dt, A, B, C, D, z, dt_bias = floats
+
+    def expand(array: jax.Array | None, axis: int) -> jax.Array | None:
+        return None if array is None else jnp.expand_dims(array, axis)
+
+    return Floats(
+        jnp.expand_dims(state, 1),
+        *(jnp.expand_dims(array, 1) for array in (x, dt)),
+        jnp.expand_dims(A, 0),
+        *(jnp.expand_dims(array, 1) for array in (B, C)),
+        expand(D, 0),
+        expand(z, 1),
+        expand(dt_bias, 0),
+    )

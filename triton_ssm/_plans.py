@@ -1,0 +1,75 @@
+"""Working a call out once and launching it cheaply after.
+
+Checking thirteen tensors and binding forty kernel arguments costs several times what the smallest kernels take. Both depend
+only on shapes, strides, dtypes and options, so a call like an earlier one finds them under its key.
+"""
+
+import threading
+from collections.abc import Hashable, Sequence
+
+import torch
+from triton.compiler import CompiledKernel
+
+_CAPACITY = 8192
+
+
+class Cache[Value]:
+    """A dict that starts over when it is full: a process sees few kinds of calls, or no cache would help."""
+
+    def __init__(self) -> None:
+        self._entries: dict[Hashable, Value] = {}
+        self._lock = threading.Lock()
+
+    def get(self, key: Hashable) -> Value | None:
+        return self._entries.get(key)
+
+    def __setitem__(self, key: Hashable, value: Value) -> None:
+        with self._lock:
+            if len(self._entries) >= _CAPACITY:
+                self._entries = {}
+            self._entries[key] = value
+
+
+def call_key(tensors: Sequence[object], *options: Hashable) -> Hashable:
+    """All that a check may look at. What is no tensor is known by its type, which is what it will be refused for."""
+    return (
+        torch.is_grad_enabled(),
+        options,
+        tuple(
+            (tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.requires_grad)
+            if isinstance(tensor, torch.Tensor)
+            else type(tensor)
+            for tensor in tensors
+        ),
+    )
+
+
+class Launcher:
+    """A kernel whose constexpr parameters come last, launched without Triton's binder once its variant is known."""
+
+    def __init__(self, kernel) -> None:
+        self._kernel = kernel
+        self._compiled: Cache[CompiledKernel] = Cache()
+
+    def __call__(
+        self, key: Hashable, grid: tuple[int, int, int], arguments: tuple, constants: tuple, num_warps: int
+    ) -> None:
+        # Triton specialises on the 16-byte alignment of every pointer, which no shape tells.
+        alignment = tuple(tensor.data_ptr() % 16 for tensor in arguments if isinstance(tensor, torch.Tensor))
+        output = tuple(argument for argument in arguments[-1:] if isinstance(argument, int))
+        key = (key, alignment, output, constants, num_warps)
+        device = arguments[0].device
+        if device.type == "cuda" and device.index != torch.cuda.current_device():
+            with torch.cuda.device(device):  # Triton launches on the current device
+                self._launch(key, grid, arguments, constants, num_warps)
+        else:
+            self._launch(key, grid, arguments, constants, num_warps)
+
+    def _launch(self, key, grid, arguments, constants, num_warps) -> None:
+        compiled = self._compiled.get(key)
+        if compiled is not None:
+            compiled[grid](*arguments, *constants)
+            return
+        compiled = self._kernel[grid](*arguments, *constants, num_warps=num_warps)
+        if isinstance(compiled, CompiledKernel):  # the interpreter returns nothing
+            self._compiled[key] = compiled
