@@ -1,0 +1,23 @@
+"""Every Python example in the README runs as it stands."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+README = (Path(__file__).parents[1] / "README.md").read_text("utf-8")
+EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+def test_there_is_an_example_for_each_framework():
+    assert any("import torch" in example for example in EXAMPLES)
+    assert any("import jax" in example for example in EXAMPLES)
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda example: example.split("\n")[0])
+def test_example(example: str):
+    # The environment of the session: TRITON_INTERPRET=1 and JAX on the CPU.
+    done = subprocess.run([sys.executable, "-W", "error", "-c", example], capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
