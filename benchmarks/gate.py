@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 
 import torch
+
 from parity_tests.cases import Case
 from parity_tests.compare import Error
 from parity_tests.tolerances import tolerance

@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import torch
+
 from parity_tests.cases import Case
 from ssm_configs import override
 from ssm_configs.spec import Knobs
@@ -163,6 +164,7 @@ class JaxTwin:
     def compile(self, op: BenchOp, case: Case, knobs: Knobs | None) -> Any:
         """The compiled program."""
         import jax
+
         import pallas_ssm
 
         operands = op.operands(case)

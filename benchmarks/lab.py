@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
+
 from parity_tests.cases import Case
 from ssm_configs.spec import Knobs
 

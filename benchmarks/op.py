@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+
 from parity_tests.cases import Case
 from ssm_configs.spec import Knobs, OpSpec
 

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
+
 from parity_tests.cases import Case, select
 from ssm_configs import Device, explain
-from tqdm import tqdm
 
 from . import environment, peers, plot, results
 from .implementations import Implementation, PeerImplementation, own

@@ -15,10 +15,13 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+from torch.autograd.profiler_util import DeviceType
 
 from .events import AttributionError, CallActivity, DeviceEvent, attribute
 
 _WARM_UP = 2
+# The profiler may lose a record now and then; twice in the same place is no accident.
+_ATTEMPTS = 2
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,23 @@ class KinetoClock:
             for _ in range(_WARM_UP):
                 call.issue()
             call.wait()
-        with _session() as session:
+        for attempt in range(_ATTEMPTS):
+            try:
+                activity = attribute(self._session(calls, repeats), repeats * len(calls))
+                return [_sample(activity[i :: len(calls)]) for i in range(len(calls))]
+            except AttributionError as error:
+                if attempt == _ATTEMPTS - 1:
+                    raise ClockError(
+                        f"torch's profiler did not see every call ({error}); calls: "
+                        f"{', '.join(sorted({f'{call.label} [{call.framework}]' for call in calls}))}. Is another "
+                        "profiler attached to this process? --clock events times the torch side without it."
+                    ) from error
+        raise AssertionError("unreachable")
+
+    def _session(self, calls: Sequence[Call], repeats: int) -> list[DeviceEvent]:
+        """Flush, call, flush, call, ...; what the device did."""
+        session = torch.autograd.profiler.profile(use_cpu=False, use_device="cuda", use_kineto=True)
+        with session:
             for _ in range(repeats):
                 for call in calls:
                     self._flush()
@@ -86,15 +105,7 @@ class KinetoClock:
                     call.issue()
                     call.wait()
                     torch.cuda.synchronize()
-        try:
-            activity = attribute(_device_events(session), repeats * len(calls))
-        except AttributionError as error:
-            raise ClockError(
-                f"torch's profiler did not see every call ({error}); calls: "
-                f"{', '.join(sorted({f'{call.label} [{call.framework}]' for call in calls}))}. Is another profiler "
-                "attached to this process? --clock events times the torch side without it."
-            ) from error
-        return [_sample(activity[i :: len(calls)]) for i in range(len(calls))]
+        return _device_events(session)
 
 
 class EventsClock:
@@ -154,12 +165,7 @@ def copy_call(size: int, device: torch.device) -> Call:
     return Call(f"copy {size}", "torch", lambda: target.copy_(source), torch.cuda.synchronize)
 
 
-def _session() -> torch.autograd.profiler.profile:
-    return torch.autograd.profiler.profile(use_cpu=False, use_device="cuda", use_kineto=True)
-
-
 def _device_events(session: torch.autograd.profiler.profile) -> list[DeviceEvent]:
-    cuda = torch.autograd.DeviceType.CUDA
     results = session.kineto_results
     if results is None:
         return []
@@ -167,13 +173,13 @@ def _device_events(session: torch.autograd.profiler.profile) -> list[DeviceEvent
         return [
             DeviceEvent(event.name(), event.start_ns(), event.duration_ns())
             for event in results.events()
-            if event.device_type() == cuda and not event.is_user_annotation()
+            if event.device_type() == DeviceType.CUDA and not event.is_user_annotation()
         ]
     # The raw list is not public API; this one is, and takes ten times as long.
     return [
         DeviceEvent(event.name, round(event.time_range.start * 1e3), round(event.time_range.elapsed_us() * 1e3))
         for event in session.function_events or []
-        if event.device_type == cuda
+        if event.device_type == DeviceType.CUDA
     ]
 
 

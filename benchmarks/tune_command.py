@@ -8,10 +8,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
+
 from ssm_configs import Device
 from ssm_configs.search import SHIPPED
 from ssm_configs.spec import TWINS
-from tqdm import tqdm
 
 from . import environment, tables, winners
 from .implementations import Implementation, JaxTwin, TritonTwin
@@ -69,9 +70,12 @@ def main(arguments: argparse.Namespace) -> int:
 def plan(op: BenchOp, arguments: argparse.Namespace) -> list[Job]:
     """Largest states first: their buffers then serve all others, and what does not fit fails at once."""
     grid = [getattr(arguments, key) for key in op.spec.static_keys]
+    sizes = tuple(sorted(set(arguments.sizes)))
     jobs = [
-        Job(op, twin, dict(zip(op.spec.static_keys, values, strict=True)), dtype, tuple(sorted(set(arguments.sizes))))
-        for values, dtype, twin in itertools.product(itertools.product(*grid), arguments.dtypes, arguments.twin)
+        Job(op, twin, dict(zip(op.spec.static_keys, values, strict=True)), dtype, sizes)
+        for values in itertools.product(*grid)
+        for dtype in arguments.dtypes
+        for twin in arguments.twin
     ]
     return sorted(jobs, key=lambda job: -op.bytes_moved(job.case(max(job.sizes))))
 

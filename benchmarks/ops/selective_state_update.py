@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+
 from parity_tests.cases import Case
 from ssm_configs import SPECS
 from ssm_configs.spec import Knobs

@@ -1,0 +1,136 @@
+"""`python -m benchmarks plot JSON`: GB/s over size as PNG, one a state dtype, and one self-contained HTML page.
+
+Nothing is read but the result file, so a figure can be redrawn anywhere.
+"""
+
+import argparse
+import base64
+import io
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from . import results
+from .results import CEILING, Row
+
+_COLORS = {
+    "triton": "#1f77b4",
+    "mosaic_gpu": "#e6701f",
+    "xla": "#8a8f98",
+    "peer:vllm": "#2a9d5c",
+    "peer:mamba_ssm": "#9467bd",
+}
+_NAMES = {"triton": "triton_ssm", "mosaic_gpu": "pallas_ssm (Mosaic GPU)", "xla": "pallas_ssm (XLA)"}
+_THEMES = {"light": ("#ffffff", "#20242a", "#d5d9df"), "dark": ("#14171c", "#e4e7ec", "#3a404a")}
+_SWEEP = re.compile(r"(\w+)=(\d+)")
+"""How a case of the sweep is named; the models' cases are not on its axis."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = __doc__
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("json", type=Path, help="a file that `run` wrote")
+
+
+def main(arguments: argparse.Namespace) -> int:
+    for path in draw(arguments.json):
+        print(path)
+    return 0
+
+
+def draw(path: Path) -> list[Path]:
+    """Writes <name>.<dtype>.png and <name>.html beside the result file; the paths written."""
+    head, rows = results.read(path)
+    written, figures = [], []
+    for dtype in dict.fromkeys(dtype_of(row) for row in rows if _SWEEP.fullmatch(row.case)):
+        images = {theme: figure(head, rows, dtype, theme) for theme in _THEMES}
+        image = path.with_name(f"{path.stem}.{dtype}.png")
+        image.write_bytes(images["light"])
+        written.append(image)
+        figures.append((dtype, {theme: base64.b64encode(data).decode() for theme, data in images.items()}))
+    page = path.with_suffix(".html")
+    page.write_text(html(head, rows, figures), encoding="utf-8")
+    return [*written, page]
+
+
+def figure(head: dict[str, Any], rows: Sequence[Row], dtype: str, theme: str) -> bytes:
+    """One PNG."""
+    from matplotlib.figure import Figure  # without pyplot: no display, no global state
+
+    background, ink, grid = _THEMES[theme]
+    canvas = Figure(figsize=(8, 4.8), dpi=150, facecolor=background, layout="constrained")
+    axes = canvas.add_subplot(facecolor=background)
+    axis = ""
+    for implementation in dict.fromkeys(row.implementation for row in rows):
+        points = []
+        for row in rows:
+            match = _SWEEP.fullmatch(row.case)
+            if row.implementation == implementation and match and dtype_of(row) == dtype:
+                axis = match[1]
+                points.append((int(match[2]), row.gbps, row.source))
+        if points:
+            x, y, sources = zip(*sorted(points), strict=True)
+            is_quoted = "quoted" in sources
+            axes.plot(
+                x, y, marker="o", markersize=5, linewidth=1.8, linestyle="--" if is_quoted else "-",
+                color=_COLORS.get(implementation), markerfacecolor=background if is_quoted else None,
+                label=name_of(implementation) + (" (quoted)" if is_quoted else ""),
+            )  # fmt: skip
+    ceiling = copy_gbps(rows)
+    if ceiling:
+        axes.axhline(ceiling, color=ink, linewidth=1, linestyle=":", label=f"copy ceiling, {ceiling:.0f} GB/s")
+    axes.set_xscale("log", base=2)
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel(axis, color=ink)
+    axes.set_ylabel("GB/s, cold L2", color=ink)
+    axes.set_title(f"{head['op']}, {dtype} state, {head['device'].replace('_', ' ')}", color=ink, fontsize=11)
+    axes.tick_params(colors=ink)
+    axes.grid(color=grid, linewidth=0.6)
+    for spine in axes.spines.values():
+        spine.set_color(grid)
+    axes.legend(frameon=False, labelcolor=ink, fontsize=9, loc="lower right")
+    buffer = io.BytesIO()
+    canvas.savefig(buffer, format="png")
+    return buffer.getvalue()
+
+
+def html(head: dict[str, Any], rows: Sequence[Row], figures: Sequence[tuple[str, dict[str, str]]]) -> str:
+    """The page: how and where it was measured, the figures, and every row."""
+    import jinja2
+
+    triton = {_shape(row): row.us for row in rows if row.implementation == "triton"}
+    lines = [
+        {
+            "row": row,
+            "name": name_of(row.implementation),
+            "shape": ", ".join(f"{key}={value}" for key, value in row.dims.items() if "dtype" not in key),
+            "dtype": dtype_of(row),
+            "of_copy": row.floor_us / row.us if row.floor_us else None,
+            "to_triton": row.us / triton[_shape(row)] if _shape(row) in triton else None,
+            "config": ", ".join(f"{key}={value}" for key, value in (row.config or {}).items() if value is not None),
+        }
+        for row in rows
+    ]
+    environment = jinja2.Environment(
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+    )
+    template = environment.from_string((Path(__file__).parent / "page.html").read_text(encoding="utf-8"))
+    return template.render(head=head, lines=lines, figures=figures, copy_gbps=copy_gbps(rows), ceiling=CEILING)
+
+
+def copy_gbps(rows: Sequence[Row]) -> float | None:
+    return max((row.gbps for row in rows if row.implementation == CEILING), default=None)
+
+
+def dtype_of(row: Row) -> str:
+    """What separates one figure from the next: the state's dtype where there is a state."""
+    return str(row.dims.get("state_dtype", row.dims.get("dtype", "")))
+
+
+def name_of(implementation: str) -> str:
+    return _NAMES.get(implementation, implementation.removeprefix("peer:"))
+
+
+def _shape(row: Row) -> tuple[object, ...]:
+    return row.case, *row.dims.items()
