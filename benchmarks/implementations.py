@@ -14,7 +14,7 @@ from ssm_configs.spec import Knobs
 
 from .op import BenchOp, Storage, Tensors, draw
 from .peers import Peer
-from .timing import Call
+from .timing import Call, synchronize
 
 
 class Operands(Protocol):
@@ -84,7 +84,7 @@ class _TorchImplementation:
         storage = Storage(self._device)
         operands = TorchOperands(op, draw(op, case, storage), storage)
         self.bind(op, operands, None, knobs).issue()
-        torch.cuda.synchronize()
+        synchronize()
 
     def bind(self, op: BenchOp, operands: TorchOperands, compiled: None, knobs: Knobs | None) -> Call:
         call = self._function(op, operands)
@@ -93,7 +93,7 @@ class _TorchImplementation:
             with _pinned(op, "triton", knobs):
                 operands.y = call()
 
-        return Call(self.name, self.framework, issue, torch.cuda.synchronize)
+        return Call(self.name, self.framework, issue, synchronize)
 
     def _function(self, op: BenchOp, operands: TorchOperands) -> Callable[[], torch.Tensor]:
         raise NotImplementedError
@@ -204,5 +204,5 @@ def _to_jax(tensor: torch.Tensor) -> Any:
     import jax
     import jax.numpy as jnp
 
-    torch.cuda.synchronize()  # the two frameworks know nothing of each other's streams
+    synchronize()  # the two frameworks know nothing of each other's streams
     return jax.block_until_ready(jnp.array(jax.dlpack.from_dlpack(tensor), copy=True))

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from torch.autograd.profiler_util import DeviceType
 
 from .events import AttributionError, CallActivity, DeviceEvent, attribute
 
@@ -81,18 +80,19 @@ class KinetoClock:
             for _ in range(_WARM_UP):
                 call.issue()
             call.wait()
-        for attempt in range(_ATTEMPTS):
+        failure: AttributionError | None = None
+        for _ in range(_ATTEMPTS):
             try:
                 activity = attribute(self._session(calls, repeats), repeats * len(calls))
-                return [_sample(activity[i :: len(calls)]) for i in range(len(calls))]
             except AttributionError as error:
-                if attempt == _ATTEMPTS - 1:
-                    raise ClockError(
-                        f"torch's profiler did not see every call ({error}); calls: "
-                        f"{', '.join(sorted({f'{call.label} [{call.framework}]' for call in calls}))}. Is another "
-                        "profiler attached to this process? --clock events times the torch side without it."
-                    ) from error
-        raise AssertionError("unreachable")
+                failure = error
+            else:
+                return [_sample(activity[i :: len(calls)]) for i in range(len(calls))]
+        labels = ", ".join(dict.fromkeys(f"{call.label} [{call.framework}]" for call in calls))
+        raise ClockError(
+            f"torch's profiler did not see every call of {labels}: {failure}. Is another profiler attached to this "
+            "process? --clock events times the torch side without it."
+        ) from failure
 
     def _session(self, calls: Sequence[Call], repeats: int) -> list[DeviceEvent]:
         """Flush, call, flush, call, ...; what the device did."""
@@ -157,12 +157,18 @@ def host_us(call: Call, calls: int = 100) -> float:
     return statistics.median(times)
 
 
+def synchronize() -> None:
+    """Wait for everything that torch launched; operands on the CPU have nothing to wait for."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
 def copy_call(size: int, device: torch.device) -> Call:
     """A device-to-device copy of `size` bytes: it moves 2·size, which no kernel that reads and writes can beat."""
     # Random bytes: constant data can move faster than anything real does.
     source = torch.randint(0, 256, (size,), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    return Call(f"copy {size}", "torch", lambda: target.copy_(source), torch.cuda.synchronize)
+    return Call(f"copy {size}", "torch", lambda: target.copy_(source), synchronize)
 
 
 def _device_events(session: torch.autograd.profiler.profile) -> list[DeviceEvent]:
@@ -173,13 +179,13 @@ def _device_events(session: torch.autograd.profiler.profile) -> list[DeviceEvent
         return [
             DeviceEvent(event.name(), event.start_ns(), event.duration_ns())
             for event in results.events()
-            if event.device_type() == DeviceType.CUDA and not event.is_user_annotation()
+            if event.device_type().name == "CUDA" and not event.is_user_annotation()
         ]
     # The raw list is not public API; this one is, and takes ten times as long.
     return [
         DeviceEvent(event.name, round(event.time_range.start * 1e3), round(event.time_range.elapsed_us() * 1e3))
         for event in session.function_events or []
-        if event.device_type == DeviceType.CUDA
+        if event.device_type.name == "CUDA"
     ]
 
 

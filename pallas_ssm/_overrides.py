@@ -1,6 +1,7 @@
 """Makes `ssm_configs.override` part of what `jax.jit` caches by: a jitted function is traced anew under another override."""
 
 import jax
+
 import ssm_configs
 
 _context = jax.make_user_context(default_value=None)

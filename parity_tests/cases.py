@@ -12,6 +12,7 @@ A case is dimensions by the field's names, dtypes and options; `inputs.draw` tur
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,7 @@ class Case:
     dims: Mapping[str, int]
     dtype: str = "bfloat16"
     state_dtype: str = "float32"
-    options: Mapping[str, object] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)
     tags: frozenset[str] = frozenset()
 
     def __post_init__(self):
@@ -96,7 +97,7 @@ def _odd(
 
 
 def _odd_cases() -> Iterator[Case]:
-    full = {"D": True, "dt_bias": True, "dt_softplus": True, "slots": True}
+    full: dict[str, Any] = {"D": True, "dt_bias": True, "dt_softplus": True, "slots": True}
     yield _odd("nothing optional")
     yield _odd("head-less, untied", dims={"H": 1, "G": 1}, headless=True, untied=True, D=True, z=True)
     yield _odd("head-less, tied", dims={"H": 1, "G": 1}, headless=True, D=True, dt_bias=True, dt_softplus=True)
@@ -123,7 +124,7 @@ def _odd_cases() -> Iterator[Case]:
 
 
 def _large_cases() -> Iterator[Case]:
-    full = {"D": True, "dt_bias": True, "dt_softplus": True, "slots": True}
+    full: dict[str, Any] = {"D": True, "dt_bias": True, "dt_softplus": True, "slots": True}
     wide = {"S": 2100, "B": 8, "H": 128, "G": 8, "P": 64, "N": 128}  # 2100·128·64·128 = 2.2e9 elements
     for state_dtype in ("float32", "bfloat16"):
         yield _odd("more than 2^31 state elements", "bfloat16", state_dtype, ("large",), wide, high_slots=True, **full)

@@ -70,7 +70,8 @@ def resources(compiled) -> dict[str, int]:
         text = compiled.asm["amdgcn"]
 
         def field(name):
-            return int(re.search(rf"{name}:?\s+(\d+)", text)[1])
+            (value,) = re.findall(rf"{name}:?\s+(\d+)", text)[:1]
+            return int(value)
 
         return {"registers": field(r"\.vgpr_count"), "local": field(r"\.vgpr_spill_count"), "shared": shared}
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"

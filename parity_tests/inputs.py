@@ -1,6 +1,7 @@
 """Random arguments for a case, drawn as the models initialise their parameters. Never zeros, always seeded."""
 
 import zlib
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -14,7 +15,7 @@ DTYPES = {
 }
 
 
-def draw(case: Case, seed: int = 0) -> tuple[tuple[np.ndarray, ...], dict[str, object]]:
+def draw(case: Case, seed: int = 0) -> tuple[tuple[np.ndarray, ...], dict[str, Any]]:
     """(positional, keyword) NumPy arguments of `case.op`."""
     # Python's own hash() of a string differs from process to process.
     rng = np.random.default_rng([seed, zlib.crc32(str(case).encode())])
@@ -51,7 +52,7 @@ def _selective_state_update(case: Case, rng: np.random.Generator):
     D = normal(*((H, P) if options.get("D_per_headdim") else (H,)), dtype=np.float32) if options.get("D") else None
     z = normal(T, H, P) if options.get("z") else None
 
-    keywords: dict[str, object] = {"D": D, "z": z, "dt_bias": dt_bias, "dt_softplus": bool(options.get("dt_softplus"))}
+    keywords: dict[str, Any] = {"D": D, "z": z, "dt_bias": dt_bias, "dt_softplus": bool(options.get("dt_softplus"))}
     if options.get("slots") or spec:
         keywords |= _slots(case, rng, n_seq, S, spec)
     if lengths is not None:
@@ -72,7 +73,7 @@ def _selective_state_update(case: Case, rng: np.random.Generator):
     return tuple(np.asarray(a, order="C") for a in arrays), {k: v for k, v in keywords.items() if v is not None}
 
 
-def _slots(case: Case, rng: np.random.Generator, n_seq: int, S: int, spec: int | None) -> dict[str, object]:
+def _slots(case: Case, rng: np.random.Generator, n_seq: int, S: int, spec: int | None) -> dict[str, Any]:
     shape = (n_seq,) if spec is None else (n_seq, spec)
     count = n_seq * (spec or 1)
     options, null = case.options, 1 if case.options.get("padding") else None
@@ -83,7 +84,7 @@ def _slots(case: Case, rng: np.random.Generator, n_seq: int, S: int, spec: int |
     if len(order) < count * (2 if options.get("dst") and spec is None else 1):
         raise ValueError(f"{case}: S={S} slots are too few")
     source = order[:count].reshape(shape).astype(np.int32)
-    keywords: dict[str, object] = {"state_batch_indices": source}
+    keywords: dict[str, Any] = {"state_batch_indices": source}
     if options.get("dst"):
         # Speculative decode moves states within a sequence's own slots; plain decode to slots nobody reads.
         target = source[:, ::-1] if spec else order[count : 2 * count]

@@ -4,7 +4,7 @@ import functools
 import os
 
 import torch
-import triton
+import triton.knobs
 
 from ssm_configs import Device
 

@@ -1,3 +1,5 @@
+# pyright: basic, reportArgumentType=false, reportAssignmentType=false, reportGeneralTypeIssues=false
+# A jitted function is Triton's language in Python's syntax; the types are Triton's too.
 """Device functions that every kernel shares, with the rounding that both packages promise."""
 
 import triton

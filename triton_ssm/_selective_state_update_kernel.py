@@ -1,3 +1,5 @@
+# pyright: basic, reportArgumentType=false, reportAssignmentType=false, reportGeneralTypeIssues=false
+# A jitted function is Triton's language in Python's syntax; the types are Triton's too.
 """The kernel of `selective_state_update`: a block of BLOCK_SIZE_M rows of headdim by the whole dstate, read and written once.
 
 The operator moves 2·P·N state elements a head and does next to nothing with them, so the tile is shaped for 16-byte

@@ -1,3 +1,5 @@
+# pyright: basic, reportArgumentType=false, reportAssignmentType=false, reportGeneralTypeIssues=false
+# A jitted function is Triton's language in Python's syntax; the types are Triton's too.
 """Stochastic rounding of a state tile to 16 bits, the same bits as in `pallas_ssm`.
 
 The random bits are a function of the seed and of the element's place in the pool alone, never of the launch: Philox-4x32-10

@@ -13,9 +13,9 @@ vLLM's operator of this name, except that padding rows give zeros and every inde
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-import triton
 
 from ssm_configs import Device, lookup
 from ssm_configs.contracts import selective_state_update as contract
@@ -113,13 +113,13 @@ def selective_state_update(
     BLOCK_SIZE_M = config["BLOCK_SIZE_M"]
     # One axis, because the others stop at 65,535; row blocks run fastest, so that neighbours stream through one slot.
     # Without a sequence there is nobody to zero the padding rows, hence at least one.
-    grid = (max(dims.N_seq, 1) * dims.H * triton.cdiv(dims.P, BLOCK_SIZE_M), 1, 1)
-    state, x, dt, A, B, C, D, z, dt_bias, *slots = plan.apply(tensors)
+    grid = (max(dims.N_seq, 1) * dims.H * -(-dims.P // BLOCK_SIZE_M), 1, 1)
+    arguments = plan.apply(tensors)
     _LAUNCH(
         key,
         grid,
         (
-            state, x, dt, A, B, C, D, z, dt_bias, y, *slots, seed,
+            *arguments[:9], y, *arguments[9:], seed,
             dims.T, dims.N_seq, dims.S, -1 if null_slot is None else null_slot, *plan.strides, _arguments.row_stride(y),
         ),
         (*plan.constants, BLOCK_SIZE_M),
@@ -155,13 +155,13 @@ class _Plan:
 
 def _make_plan(tensors: tuple, dt_softplus: bool, null_slot: int | None, stochastic_rounding: bool) -> _Plan:
     """Raises where the call is not legal."""
-    named = dict(zip((*contract.REQUIRED, *contract.OPTIONAL), tensors, strict=True))
+    named: dict[str, Any] = dict(zip((*contract.REQUIRED, *contract.OPTIONAL), tensors, strict=True))
     _arguments.check_tensors(named, "selective_state_update")
     if type(dt_softplus) is not bool:
         raise TypeError(f"dt_softplus: expected a bool, got {type(dt_softplus).__name__}")
     # The operators of mamba_ssm and vLLM take per-head numbers as expanded views; here they are what they are.
     heads = tensors[0].dim() - 3
-    views = {}
+    views: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {}
     for name, rank, axes in (("dt", heads + 2, 1), ("A", heads + 2, 2), ("D", heads + 1, 1), ("dt_bias", heads + 1, 1)):
         if _arguments.is_expanded(named[name], rank, axes):
             views[name] = _arguments.collapse(axes)
@@ -181,9 +181,13 @@ def _make_plan(tensors: tuple, dt_softplus: bool, null_slot: int | None, stochas
         (_slot_stride(tensors[0], dims), *(_arguments.row_stride(named[name]) for name in ("x", "dt", "B", "C", "z"))),
         (
             dims.H, dims.G, dims.P, dims.N, dims.T_max, dims.tied_dt, dims.tied_dt_bias, dims.tied_A, dims.tied_D,
-            dt_softplus, max(8, triton.next_power_of_2(dims.N)),
+            dt_softplus, max(8, next_power_of_2(dims.N)),
         ),
     )  # fmt: skip
+
+
+def next_power_of_2(size: int) -> int:
+    return 1 << (size - 1).bit_length()
 
 
 def _slot_stride(state: torch.Tensor, dims: contract.Dims) -> int:

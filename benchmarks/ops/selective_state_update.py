@@ -110,9 +110,8 @@ def _flops(case: Case) -> int:
 
 def _candidates(twin: str, statics: Mapping[str, int], dtype: str) -> list[Knobs]:
     P, N = statics["headdim"], statics["dstate"]
-    width = getattr(torch, dtype).itemsize
-    columns = 1 << (N - 1).bit_length()
     if twin == "triton":
+        columns = 1 << (N - 1).bit_length()
         # Registers bound a tile from above, idle threads from below.
         return [
             {"BLOCK_SIZE_M": rows, "num_warps": warps}
@@ -120,17 +119,17 @@ def _candidates(twin: str, statics: Mapping[str, int], dtype: str) -> list[Knobs
             for warps in (1, 2, 4, 8)
             if rows <= 1 << (P - 1).bit_length() and 1 <= rows * columns / (32 * warps) <= 256
         ]
-    # A block is one warpgroup of 128 threads. Walking over several tiles pays only while the next one is being
-    # fetched, so without TMA there is one; and a TMA copy below 1 KiB costs more than it hides.
+    # A block is one warpgroup, whose 128 threads take 16 bytes at a time. By TMA its tiles lie in shared memory, and
+    # should leave room for blocks beside it; without, they lie in registers, where one large tile is as good as several.
+    row_bytes = N * getattr(torch, dtype).itemsize
     return [
         {"BLOCK_SIZE_M": rows, "tiles_per_block": tiles, "use_tma": use_tma}
         for rows in range(4, P + 1)
-        for tiles in (1, 2, 4)
         for use_tma in (True, False)
+        for tiles in (1, 2, 4, 8)
         if P % rows == 0
-        and 1 <= rows * columns / 128 <= 256
-        and rows * tiles <= P
-        and (rows * N * width >= 1024 if use_tma else tiles == 1)
+        and rows * row_bytes >= 128 * 16
+        and (rows * tiles * row_bytes <= 48 * 1024 if use_tma else tiles == 1 and rows * N / 128 <= 64)
     ]
 
 

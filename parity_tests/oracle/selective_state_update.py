@@ -8,11 +8,13 @@ Source: Dao and Gu, "Transformers are SSMs", 2024; the slot, varlen and speculat
 that padding rows give zeros and that indices outside their range are named as errors instead of read.
 """
 
+from typing import Any
+
 import numpy as np
 
 
 def selective_state_update(
-    state,
+    state: Any,
     x,
     dt,
     A,
@@ -59,7 +61,7 @@ def selective_state_update(
 
     bounds = np.arange(T + 1) if cu_seqlens is None else np.asarray(cu_seqlens)
     n_seq = len(bounds) - 1
-    source = np.arange(n_seq) if state_batch_indices is None else np.asarray(state_batch_indices)
+    source: Any = np.arange(n_seq) if state_batch_indices is None else np.asarray(state_batch_indices)
     target = source if dst_state_batch_indices is None else np.asarray(dst_state_batch_indices)
 
     def is_padding(slot):

@@ -67,11 +67,10 @@ def check(
             f"state: expected rank 4 [S, H, P, N], or rank 3 [S, P, N] with head-less arguments, got rank "
             f"{len(given['state'])} with shape {format_shape(given['state'])}"
         )
-    if headless:
-        S, P, N = given["state"]
-        H = G = 1
-    else:
-        S, H, P, N = given["state"]
+    S, P, N = given["state"][0], *given["state"][-2:]
+    H = G = 1
+    if not headless:
+        H = given["state"][1]
     for size, dim in ((H, "H"), (P, "P"), (N, "N")):
         if size < 1:
             raise ValueError(f"state: expected {dim} >= 1, got shape {format_shape(given['state'])}")
