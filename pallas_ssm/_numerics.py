@@ -21,9 +21,8 @@ def softplus(value: jax.Array) -> jax.Array:
     """
     e = exp(-jnp.abs(value))
     u = 1.0 + e
-    exact = u == 1.0
-    # The divisor is kept off zero also where the quotient is not used, for Triton's sake and for the gradient's.
-    log1p = jnp.where(exact, e, jnp.log(u) * (e / jnp.where(exact, jnp.ones_like(u), u - 1.0)))
+    # u - 1 is 0 or at least 2^-23. Where it is 0 the quotient is not used, but a division by 0 would reach the gradient.
+    log1p = jnp.where(u == 1.0, e, jnp.log(u) * (e / jnp.maximum(u - 1.0, 2.0**-24)))
     return jnp.maximum(value, 0.0) + log1p
 
 
