@@ -20,12 +20,17 @@ def parser() -> argparse.ArgumentParser:
     ):
         verb = verbs.add_parser(module.__name__.rpartition(".")[2].removesuffix("_command"), help=text)
         module.add_arguments(verb)
-        verb.set_defaults(main=module.main)
+        verb.set_defaults(main=module.main, validate=module.validate)
     return top
 
 
 def main(argv: list[str] | None = None) -> int:
-    arguments = parser().parse_args(argv)
+    top = parser()
+    arguments = top.parse_args(argv)
+    try:
+        arguments.validate(arguments)
+    except (ValueError, OSError) as error:
+        top.error(str(error))
     return arguments.main(arguments)
 
 

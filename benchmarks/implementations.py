@@ -191,9 +191,12 @@ class JaxTwin:
         return Call(self.name, self.framework, issue, operands.wait)
 
 
-def own(device: torch.device) -> dict[str, Implementation]:
-    """The implementations of this repository, by the name they have in results."""
-    return {"triton": TritonTwin(device), "mosaic_gpu": JaxTwin("mosaic_gpu"), "xla": JaxTwin("xla")}
+OWN: dict[str, Callable[[torch.device], Implementation]] = {
+    "triton": TritonTwin,
+    "mosaic_gpu": lambda device: JaxTwin("mosaic_gpu"),
+    "xla": lambda device: JaxTwin("xla"),
+}
+"""The implementations of this repository, by the name they have in results."""
 
 
 def _pinned(op: BenchOp, twin: str, knobs: Mapping[str, Any] | None) -> AbstractContextManager[None]:

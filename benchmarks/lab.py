@@ -30,16 +30,13 @@ class Lab:
         self._operands: Any = None
         self._initial: dict[str, torch.Tensor] = {}
 
-    @property
-    def static_shapes(self) -> bool:
-        """Whether every size is a compile of its own."""
-        return self.implementation.framework == "jax"
+    def compiled_case(self, case: Case) -> Case:
+        """The case to compile for this one."""
+        return self.implementation.compiled_case(self.op, case)
 
     def compile(self, pairs: Sequence[tuple[Case, Knobs | None]]) -> None:
         """In threads. What cannot be compiled raises when it is used."""
-        todo = {
-            self._key(case, knobs): (self.implementation.compiled_case(self.op, case), knobs) for case, knobs in pairs
-        }
+        todo = {self._key(case, knobs): (self.compiled_case(case), knobs) for case, knobs in pairs}
         todo = {key: pair for key, pair in todo.items() if key not in self._compiled}
 
         def attempt(pair: tuple[Case, Knobs | None]) -> Any:
@@ -104,7 +101,7 @@ class Lab:
         self._case, self._operands, self._initial = None, None, {}
 
     def _key(self, case: Case, knobs: Knobs | None) -> tuple[str, Config | None]:
-        return str(self.implementation.compiled_case(self.op, case)), config_of(knobs) if knobs else None
+        return str(self.compiled_case(case)), config_of(knobs) if knobs else None
 
 
 def _describe(error: Exception) -> str:

@@ -33,6 +33,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("json", type=Path, help="a file that `run` wrote")
 
 
+def validate(arguments: argparse.Namespace) -> None:
+    """ValueError or OSError for what argparse cannot see."""
+    results.read(arguments.json)
+
+
 def main(arguments: argparse.Namespace) -> int:
     for path in draw(arguments.json):
         print(path)

@@ -17,7 +17,7 @@ from parity_tests.cases import Case, select
 from ssm_configs import Device, explain
 
 from . import environment, peers, plot, results
-from .implementations import Implementation, PeerImplementation, own
+from .implementations import OWN, Implementation, PeerImplementation
 from .lab import Lab
 from .op import BenchOp, Storage
 from .ops import OPS
@@ -31,16 +31,29 @@ COPY_SIZES = tuple(1 << power for power in (24, 26, 28, 30, 31, 32))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.description = __doc__
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("op", choices=OPS)
-    parser.add_argument("--sizes", type=int, nargs="*", help="of the sweep (default: the op's own)", metavar="N")
-    parser.add_argument("--dtypes", nargs="+", help="of the state, in the sweep (default: the op's own)")
-    parser.add_argument("--no-cases", action="store_true", help="only the sweep, without the models' shapes")
-    parser.add_argument("--implementations", nargs="+", help="only these (default: all)", metavar="NAME")
-    parser.add_argument("--clock", choices=CLOCKS, default="kineto", help="events: torch only, without a profiler")
-    parser.add_argument("--peers-figures", type=Path, metavar="JSONL", help="quoted for peers that cannot be imported")
-    parser.add_argument("--out", type=Path, help="folder (default: benchmarks/results/<device>)")
+    ops = parser.add_subparsers(dest="op", required=True, metavar="op")
+    for op in OPS.values():
+        command = ops.add_parser(
+            op.name, help=f"time {op.name}", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+        command.add_argument("--sizes", type=int, nargs="*", default=op.run_sizes, metavar="N", help=op.spec.size_key)
+        command.add_argument("--dtypes", nargs="+", default=op.run_dtypes, choices=op.run_dtypes, help="of the state")
+        command.add_argument("--no-cases", action="store_true", help="the sweep alone, without the models' shapes")
+        names = (*OWN, *(peer.implementation for peer in op.peers))
+        command.add_argument("--implementations", nargs="+", default=names, choices=names, help="only these")
+        command.add_argument("--clock", choices=CLOCKS, default="kineto", help="events: no profiler, but torch only")
+        command.add_argument(
+            "--peers-figures", type=Path, metavar="JSONL", help="quoted for peers that are not installed"
+        )
+        command.add_argument("--out", type=Path, help="folder (default: benchmarks/results/<device>)")
+
+
+def validate(arguments: argparse.Namespace) -> None:
+    """ValueError or OSError for what argparse cannot see."""
+    op = OPS[arguments.op]
+    cases = sweep(op, arguments.sizes, arguments.dtypes)
+    if arguments.peers_figures:
+        results.quoted(op, cases, arguments.peers_figures, [])
 
 
 def main(arguments: argparse.Namespace) -> int:
@@ -52,13 +65,11 @@ def main(arguments: argparse.Namespace) -> int:
     for peer, reason in missing.items():
         print(f"{peer.implementation} is missing: {reason}")
 
-    implementations = own(device) | {
+    implementations: dict[str, Implementation] = {name: make(device) for name, make in OWN.items()} | {
         peer.implementation: PeerImplementation(device, peer, function) for peer, function in present.items()
     }
     implementations = {
-        name: implementation
-        for name, implementation in implementations.items()
-        if arguments.implementations is None or name in arguments.implementations
+        name: implementation for name, implementation in implementations.items() if name in arguments.implementations
     }
     for name in [name for name, one in implementations.items() if not clock.supports(one.framework)]:
         print(f"{name} is left out: the {arguments.clock} clock cannot time it")
@@ -86,11 +97,9 @@ def main(arguments: argparse.Namespace) -> int:
     return 1 if failures else 0
 
 
-def sweep(op: BenchOp, sizes: Sequence[int] | None, dtypes: Sequence[str] | None) -> list[Case]:
-    chosen = op.run_sizes if sizes is None else sizes
+def sweep(op: BenchOp, sizes: Sequence[int], dtypes: Sequence[str]) -> list[Case]:
     # largest first: its buffers then serve the others
-    chosen = sorted(chosen, reverse=True)
-    return [op.case(size, op.run_statics, dtype) for dtype in dtypes or op.run_dtypes for size in chosen]
+    return [op.case(size, op.run_statics, dtype) for dtype in dtypes for size in sorted(sizes, reverse=True)]
 
 
 def ceiling(clock: Clock, device: torch.device) -> list[Row]:

@@ -3,8 +3,8 @@
 One table is one (static sizes, dtype) on one device. For each twin:
 
 1. Every candidate is compiled ahead and checked once against the float64 definition, y and state, at a middle size.
-2. Every correct candidate is timed at all sizes; where a size is a compile of its own (JAX), at `first_sizes`, and the
-   best of those at the others.
+2. Every correct candidate is timed at the op's `first_sizes` and wherever else the same compiled kernels serve (in Triton
+   most sizes, in JAX none); the best of those are timed at the other sizes.
 3. `winners.choose` picks, and each winner is checked again at its own size. One that fails there is out, and the choice
    is made anew.
 
@@ -13,7 +13,6 @@ Every measurement is logged before the next one starts, and the table is a funct
 
 import itertools
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -33,8 +32,7 @@ KEEP = 3
 class Bench(Protocol):
     """What the tuner needs of a `Lab`."""
 
-    @property
-    def static_shapes(self) -> bool: ...
+    def compiled_case(self, case: Case) -> Case: ...
 
     def compile(self, pairs: Sequence[tuple[Case, Knobs | None]]) -> None: ...
 
@@ -72,11 +70,11 @@ class Job:
         middle = self.op.first_sizes[len(self.op.first_sizes) // 2]
         return min(self.sizes, key=lambda size: _distance(size, middle))
 
-    def first_sizes(self, static_shapes: bool) -> tuple[int, ...]:
-        if not static_shapes:
-            return self.sizes
+    def first_sizes(self, compiled_case: Callable[[Case], Case]) -> tuple[int, ...]:
+        """The sizes nearest to the op's first sizes, and those that need no kernel beyond theirs."""
         nearest = {min(self.sizes, key=lambda size: _distance(size, first)) for first in self.op.first_sizes}
-        return tuple(sorted(nearest))
+        compiled = {str(compiled_case(self.case(size))) for size in nearest}
+        return tuple(size for size in self.sizes if str(compiled_case(self.case(size))) in compiled)
 
 
 class TuningError(RuntimeError):
@@ -86,7 +84,7 @@ class TuningError(RuntimeError):
 def tune(job: Job, bench: Bench, log: TuningLog, step: Callable[[int], Any] = lambda n: None) -> None:
     """Measures until `winners.from_log` has a checked winner for every size. `step(n)`: n more configs are timed."""
     cases = {size: job.case(size) for size in job.sizes}
-    first = job.first_sizes(bench.static_shapes)
+    first = job.first_sizes(bench.compiled_case)
 
     _compile(bench, log, cases, [(size, knobs) for size in first for knobs in job.candidates])
     correct = [knobs for knobs in job.candidates if _check(bench, log, job.check_size, cases, knobs) is None]
@@ -128,18 +126,27 @@ def floor_us(op: BenchOp, case: Case) -> float:
     return op.bytes_moved(case) / 4e6
 
 
-def estimate_seconds(job: Job, static_shapes: bool) -> float:
+def timed_configs(job: Job, compiled_case: Callable[[Case], Case]) -> dict[int, int]:
+    """How many configs are timed at each size, at most."""
+    first = job.first_sizes(compiled_case)
+    finalists = min(len(job.candidates), KEEP + len(job.op.first_sizes) - 1)
+    return {size: len(job.candidates) if size in first else finalists for size in job.sizes}
+
+
+def estimate_seconds(job: Job, compiled_case: Callable[[Case], Case]) -> float:
     """How long a job takes, to within a factor of two."""
-    first = job.first_sizes(static_shapes)
-    finalists = min(len(job.candidates), KEEP + len(first) - 1)
-    timed = {size: len(job.candidates) if size in first else finalists for size in job.sizes}
-    compiles = sum(timed.values()) if static_shapes else len(job.candidates)
-    seconds = compiles * 0.7 / max(1, min(8, (os.cpu_count() or 1) // 2))
+    timed = timed_configs(job, compiled_case)
+    compiles: dict[str, int] = {}
+    seconds = 0.0
     for size, n in timed.items():
-        us = floor_us(job.op, job.case(size))
-        # a session, the flushes and waits of each repeat, and the check of the winner, which passes over float64
-        seconds += 0.05 + n * repeats(us) * (1.3 * us + 300) / 1e6 + (50 * us + 20_000) / 1e6
-    return seconds
+        case = job.case(size)
+        kernel = str(compiled_case(case))
+        compiles[kernel] = max(n, compiles.get(kernel, 0))
+        us = floor_us(job.op, case)
+        # a session, each repeat with its flush and waits, and the float64 check of the winner
+        seconds += 0.05 + n * repeats(us) * (1.3 * us + 250) / 1e6 + (50 * us + 20_000) / 1e6
+    # threads help little: most of a compile is Python
+    return seconds + 0.12 * sum(compiles.values())
 
 
 def _distance(size: int, other: int) -> float:

@@ -15,19 +15,19 @@ from ssm_configs.search import SHIPPED
 from ssm_configs.spec import TWINS
 
 from . import environment, tables, winners
-from .implementations import Implementation, JaxTwin, TritonTwin
+from .implementations import JaxTwin, TritonTwin
 from .lab import Lab
 from .op import BenchOp, Storage
 from .ops import OPS
 from .timing import CLOCKS
-from .tune import Job, TuningError, estimate_seconds, is_complete, tune
+from .tune import Job, TuningError, estimate_seconds, is_complete, timed_configs, tune
 from .tuning_log import TuningLog
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     ops = parser.add_subparsers(dest="op", required=True, metavar="op")
     for op in OPS.values():
-        command = ops.add_parser(op.name, help=f"tables of {op.name}", description=__doc__)
+        command = ops.add_parser(op.name, help=f"tune {op.name}", description=__doc__)
         for key in op.spec.static_keys:
             command.add_argument(f"--{key}", type=int, nargs="+", default=op.grid[key], metavar="N")
         command.add_argument(
@@ -40,34 +40,41 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         command.add_argument("--log", type=Path, default=Path("tuning-log"), help="measurements so far; resumes there")
 
 
+def validate(arguments: argparse.Namespace) -> None:
+    """ValueError for what argparse cannot see."""
+    jobs_of(OPS[arguments.op], arguments)
+
+
 def main(arguments: argparse.Namespace) -> int:
     op = OPS[arguments.op]
-    jobs = plan(op, arguments)
+    jobs = jobs_of(op, arguments)
     device = torch.device("cuda")
     target = Device(environment.device_name(device), torch.cuda.get_device_capability(device))
     storage, clock = Storage(device), CLOCKS["kineto"](device)
-    seconds = sum(estimate_seconds(job, static_shapes=job.twin == "pallas") for job in jobs)
+    twins = {"triton": TritonTwin(device), "pallas": JaxTwin("mosaic_gpu")}
+    labs = {twin: Lab(op, twins[twin], clock, device, storage) for twin in arguments.twin}
+    seconds = sum(estimate_seconds(job, labs[job.twin].compiled_case) for job in jobs)
     print(f"{len(jobs)} jobs on {target.name}, about {seconds / 60:.1f} minutes; log in {arguments.log}", flush=True)
 
-    failed = 0
-    with tqdm(total=sum(len(job.candidates) * len(job.sizes) for job in jobs), unit="config", smoothing=0.1) as bar:
-        for number, job in enumerate(jobs):
+    failed = done = 0
+    totals = [sum(timed_configs(job, labs[job.twin].compiled_case).values()) for job in jobs]
+    with tqdm(total=sum(totals), unit="config", smoothing=0.1) as bar:
+        for job, total in zip(jobs, totals, strict=True):
             bar.set_description(str(job))
-            lab = Lab(op, _implementation(job.twin, device), clock, device, storage)
-            log = open_log(arguments.log, job, target)
             try:
-                tune(job, lab, log, bar.update)
+                tune(job, labs[job.twin], open_log(arguments.log, job, target), bar.update)
             except TuningError as error:
                 failed += 1
                 bar.write(f"error: {error}")
-            bar.n = sum(len(done.candidates) * len(done.sizes) for done in jobs[: number + 1])
-            lab.forget()
+            labs[job.twin].forget()
+            done += total
+            bar.update(done - bar.n)  # some finalists were the same
             path = write(job, target, arguments.log, arguments.tables)
             bar.write(f"{job}: {path or 'no table, nothing complete'}")
     return 1 if failed else 0
 
 
-def plan(op: BenchOp, arguments: argparse.Namespace) -> list[Job]:
+def jobs_of(op: BenchOp, arguments: argparse.Namespace) -> list[Job]:
     """Largest states first: their buffers then serve all others, and what does not fit fails at once."""
     grid = [getattr(arguments, key) for key in op.spec.static_keys]
     sizes = tuple(sorted(set(arguments.sizes)))
@@ -121,7 +128,3 @@ def _metadata(twins: Mapping[str, object]) -> dict[str, str]:
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "command": " ".join(["python -m benchmarks", *sys.argv[1:]]),
     }
-
-
-def _implementation(twin: str, device: torch.device) -> Implementation:
-    return TritonTwin(device) if twin == "triton" else JaxTwin("mosaic_gpu")

@@ -43,7 +43,17 @@ class Choice:
 
 
 def prepare(
-    state: Any, x: Any, dt: Any, A: Any, B: Any, C: Any, *, dt_softplus: Any, null_slot: Any, rounding_seed: Any, **others: Any
+    state: Any,
+    x: Any,
+    dt: Any,
+    A: Any,
+    B: Any,
+    C: Any,
+    *,
+    dt_softplus: Any,
+    null_slot: Any,
+    rounding_seed: Any,
+    **others: Any,
 ) -> Prepared:
     arrays = _arguments.check_arrays({"state": state, "x": x, "dt": dt, "A": A, "B": B, "C": C, **others})
     if type(dt_softplus) is not bool:

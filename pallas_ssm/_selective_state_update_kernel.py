@@ -28,11 +28,7 @@ _NAMES = (*Floats._fields[1:], *Integers._fields)
 def run(static: Static, launch: Launch, floats: Floats, integers: Integers) -> tuple[jax.Array, jax.Array]:
     """(y, new state)."""
     dims = static.dims
-    operands = {
-        name: array
-        for name, array in zip(_NAMES, (*floats[1:], *integers), strict=True)
-        if array is not None
-    }
+    operands = {name: array for name, array in zip(_NAMES, (*floats[1:], *integers), strict=True) if array is not None}
     state = jax.new_ref(floats.state)
     packed = integers.cu_seqlens is not None
     per_sequence = dims.H * (dims.P // launch.BLOCK_SIZE_M) // launch.tiles_per_block
@@ -325,7 +321,9 @@ class _Block:
             else:
                 step = load(refs.dt.at[t, h, at])
             if refs.dt_bias is not None:
-                step = step + (refs.dt_bias[h].astype(jnp.float32) if dims.tied_dt_bias else load(refs.dt_bias.at[h, at]))
+                step = step + (
+                    refs.dt_bias[h].astype(jnp.float32) if dims.tied_dt_bias else load(refs.dt_bias.at[h, at])
+                )
             if self.static.dt_softplus:
                 step = softplus(step)
         if refs.D is not None and not dims.tied_D:

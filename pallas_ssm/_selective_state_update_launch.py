@@ -63,7 +63,9 @@ def check_device(target: Target) -> Device:
     """The device of `target`, if the kernel runs there."""
     if target.device is None:
         where = (
-            "on a CPU outside plgpu.force_gpu_interpret_mode(...)" if target.platform == "cpu" else f"on {target.platform}"
+            "on a CPU outside plgpu.force_gpu_interpret_mode(...)"
+            if target.platform == "cpu"
+            else f"on {target.platform}"
         )
         raise Unsupported(f"{OP}: the mosaic_gpu kernel does not run {where}; use implementation='xla' or None")
     if target.platform == "gpu" and target.device.capability not in CAPABILITIES:

@@ -24,9 +24,7 @@ def call(prepared: Prepared, launch: Launch | None, batched_by_xla: bool) -> Res
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _run(
-    static: Static, launch: Launch | None, batched_by_xla: bool, floats: Floats, integers: Integers
-) -> Result:
+def _run(static: Static, launch: Launch | None, batched_by_xla: bool, floats: Floats, integers: Integers) -> Result:
     if launch is None:
         return xla.forward(static, floats, integers)
     run = custom_vmap(partial(kernel.run, static, launch))
@@ -35,7 +33,12 @@ def _run(
 
 
 def _batched(
-    static: Static, by_xla: bool, axis_size: int, in_batched: tuple[Floats, Integers], floats: Floats, integers: Integers
+    static: Static,
+    by_xla: bool,
+    axis_size: int,
+    in_batched: tuple[Floats, Integers],
+    floats: Floats,
+    integers: Integers,
 ) -> tuple[Result, tuple[bool, bool]]:
     """What `jax.vmap` makes of the kernel."""
     if not by_xla:

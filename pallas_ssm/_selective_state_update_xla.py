@@ -192,9 +192,7 @@ def _step(static: Static, weights: Floats, h: jax.Array, rows: Floats) -> Result
     if static.dt_softplus:
         step = softplus(step)
     A = fp32(weights.A, 1, dims.H, *((1, 1) if dims.tied_A else (dims.P, dims.N)))
-    B, C = (
-        jnp.repeat(fp32(array, n, dims.G, 1, dims.N), dims.H // dims.G, axis=1) for array in (rows.B, rows.C)
-    )
+    B, C = (jnp.repeat(fp32(array, n, dims.G, 1, dims.N), dims.H // dims.G, axis=1) for array in (rows.B, rows.C))
     h = h * exp(A * step[..., None]) + (step * x)[..., None] * B
     y = jnp.sum(h * C, axis=-1)
     if weights.D is not None:

@@ -13,6 +13,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 _LANES, _WARPS = 32, 4
 # A tile smaller than a warpgroup is held more than once; beyond this a kernel would be doing little else.
 _MAX_COPIES = 8
+_COLUMNS_PER_THREAD = 16
 
 
 @dataclass(frozen=True)
@@ -75,11 +76,13 @@ def choose_layout(rows: int, columns: int, itemsize: int, block: int | None = No
                     layout = TileLayout(vector, lanes, lane_rows, warps)
                     if rows % layout.rows or layout.copies > _MAX_COPIES:
                         continue
-                    # No element twice; then whole 16-byte vectors; then rows of 128 contiguous bytes, which is what a
-                    # phase of a shared-memory access and a sector group of global memory want, and no longer than that,
-                    # for every doubling is one more shuffle in each row's sum.
+                    # No element twice; then whole 16-byte vectors; then few enough columns for a thread that a row
+                    # vector over them (B, C) stays cheap in registers; then 128 contiguous bytes of a row, which is what
+                    # a phase of a shared-memory access wants, and no more, for every doubling of the lanes is one more
+                    # shuffle in each row's sum.
+                    held = max(_COLUMNS_PER_THREAD, columns // lanes)
                     span = lanes * vector * itemsize
-                    score = (-layout.copies, vector, -abs(span.bit_length() - 8), -lanes)
+                    score = (-layout.copies, vector, -held, -abs(span.bit_length() - 8), -lanes)
                     if best is None or score > best[0]:
                         best = score, layout
     return None if best is None else best[1]

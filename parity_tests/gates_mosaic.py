@@ -2,9 +2,9 @@
 
     python -m parity_tests.gates_mosaic --arch sm_90a --rows '[{"P": 64, "N": 128, "state_dtype": "float32", …}]'
 
-prints a JSON list, one object a row: the launch, registers a thread, bytes spilled, shared memory a block, bytes of the
-donated state that the program updates in place, and copies of the state in its optimised HLO. A process of its own for each
-architecture, because XLA's compiler keeps the first one it sees; and apart from the interpreter's.
+prints a JSON list, one object a row: the launch, registers, stack and spilled bytes of a thread, shared memory of a block,
+bytes of the donated state that the program updates in place, and copies of the state in its optimised HLO. A process of
+its own for each architecture, because XLA's compiler keeps the first one it sees; and apart from the interpreter's.
 """
 
 import argparse
@@ -31,7 +31,9 @@ def shapes(row: Mapping[str, Any]) -> tuple[dict[str, tuple[tuple[int, ...], str
     A row may ask for `untied`, `z`, `dst`, `padding` (a null slot), `packed`, `speculative`, `rounding`, and other sizes.
     """
     P, N = row["P"], row["N"]
-    S, B, H, G, T_max = (row.get(key, default) for key, default in (("S", 96), ("B", 64), ("H", 128), ("G", 8), ("T_max", 4)))
+    S, B, H, G, T_max = (
+        row.get(key, default) for key, default in (("S", 96), ("B", 64), ("H", 128), ("G", 8), ("T_max", 4))
+    )
     tokens = 4 * B if row.get("packed") else B
     untied, x_dtype = row.get("untied"), row.get("dtype", "bfloat16")
     arrays: dict[str, tuple[tuple[int, ...], str]] = {
@@ -101,7 +103,8 @@ class Compiler:
             raise RuntimeError(f"expected a resource usage line from ptxas, got {text!r}")
         return {
             "registers": int(registers[1]),
-            "spill_bytes": max(map(int, spills.groups())),
+            "stack_bytes": int(spills[1]),
+            "spill_bytes": int(spills[2]) + int(spills[3]),
             "shared_bytes": int(shared[1]),
         }
 
@@ -118,7 +121,9 @@ def compile_row(compiler: Compiler, row: Mapping[str, Any]) -> dict[str, Any]:
 
     def call(state, others):
         nonlocal launch
-        launch = pallas_ssm.explain("selective_state_update", state, **others, **keywords, implementation="mosaic_gpu").launch
+        launch = pallas_ssm.explain(
+            "selective_state_update", state, **others, **keywords, implementation="mosaic_gpu"
+        ).launch
         return pallas_ssm.selective_state_update(state, **others, **keywords, implementation="mosaic_gpu")
 
     knobs = {name: row[name] for name in KNOBS if name in row}

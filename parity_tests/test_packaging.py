@@ -31,11 +31,42 @@ for name in {absent!r}:
     assert importlib.util.find_spec(name) is None, name + " came along"
 """
 
+# One head, one row, every number 1: the new state is exp(-1) + 1.
+TORCH_CALL = """
+import math
+import os
+
+os.environ["TRITON_INTERPRET"] = "1"
+import torch
+import triton_ssm
+
+one = torch.ones
+state = one(1, 1, 4, 8)
+y = triton_ssm.selective_state_update(state, one(1, 1, 4), one(1, 1), -one(1), one(1, 1, 8), one(1, 1, 8))
+assert torch.allclose(state, torch.full_like(state, math.exp(-1) + 1)), state
+assert torch.allclose(y, torch.full_like(y, 8 * (math.exp(-1) + 1))), y
+"""
+JAX_CALL = """
+import math
+
+import jax.numpy as jnp
+import pallas_ssm
+
+one = jnp.ones
+y, state = pallas_ssm.selective_state_update(
+    one((1, 1, 4, 8)), one((1, 1, 4)), one((1, 1)), -one(1), one((1, 1, 8)), one((1, 1, 8))
+)
+assert jnp.allclose(state, math.exp(-1) + 1), state
+assert jnp.allclose(y, 8 * (math.exp(-1) + 1)), y
+"""
+
 # What must work in the environment of each extra.
 CHECKS = {
-    "jax": "import pallas_ssm" + LOOKUP.format(twin="pallas", absent=["torch", "triton"]),
-    "torch": "import triton_ssm" + LOOKUP.format(twin="triton", absent=["jax", "jaxlib"]),
+    "jax": JAX_CALL + LOOKUP.format(twin="pallas", absent=["torch", "triton"]),
+    "torch": TORCH_CALL + LOOKUP.format(twin="triton", absent=["jax", "jaxlib"]),
 }
+# Triton's interpreter, which stands in for a GPU here, needs NumPy; a GPU does not.
+ALSO = {"jax": [], "torch": ["numpy"]}
 
 
 def run(*command: str | Path, cwd: Path) -> str:
@@ -102,7 +133,7 @@ def test_clean_install(extra, tree, wheel, tmp_path):
     python = tmp_path / "env" / "bin" / "python"
     constraints = ("-c", tree / "constraints.txt")
 
-    run(python, "-m", "pip", "install", *constraints, "-e", f"{tree}[{extra}]", cwd=tmp_path)
+    run(python, "-m", "pip", "install", *constraints, "-e", f"{tree}[{extra}]", *ALSO[extra], cwd=tmp_path)
     run(python, "-c", CHECKS[extra], cwd=tmp_path)
     assert str(tree) in run(python, "-c", "import ssm_configs; print(ssm_configs.__file__)", cwd=tmp_path)
 

@@ -89,8 +89,10 @@ def _pieces(case: Case, tensors: Tensors) -> Iterator[Piece]:
         yield Piece("state", slots[rows], state)
     spare = torch.ones(case.dims["S"], dtype=torch.bool, device=slots.device)
     spare[slots] = False
-    for unused in spare.nonzero()[:, 0].split(rows_each):
-        yield Piece("state", unused, tensors["state"][unused].double())
+    unused = spare.nonzero()[:, 0]
+    for start in range(0, len(unused), rows_each):
+        kept = unused[start : start + rows_each]
+        yield Piece("state", kept, tensors["state"][kept].double())
 
 
 def _bytes(case: Case) -> int:

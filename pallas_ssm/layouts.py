@@ -1,0 +1,86 @@
+"""Converts arguments, by name, between this package's forms and those of other libraries.
+
+`selective_state_update`: the state pool is [S,H,P,N] everywhere and moves as it is. mamba_ssm and vLLM give every per-head
+number (dt, A, D, dt_bias) repeated along headdim (and dstate) as a view of stride 0, by which their kernels know it for one
+number. A JAX array has no strides; here such a number has no repeated axis to begin with.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+class PerHead(NamedTuple):
+    """What mamba_ssm repeats: dt [T,H,P], A [H,P,N], D [H,P], dt_bias [H,P]; here [T,H], [H], [H], [H]."""
+
+    dt: jax.Array
+    A: jax.Array
+    D: jax.Array | None = None
+    dt_bias: jax.Array | None = None
+
+
+def selective_state_update_from_mamba_ssm(
+    dt: jax.Array, A: jax.Array, D: jax.Array | None = None, dt_bias: jax.Array | None = None
+) -> PerHead:
+    """One number for each head out of mamba_ssm's repeated ones (in a head-less call: one, without any axis).
+
+    The first of every repeated axis is taken and the others are not looked at. An argument that is not repeated goes to
+    `selective_state_update` as it is, and needs no conversion.
+    """
+    return PerHead(dt[..., 0], A[..., 0, 0], *(None if array is None else array[..., 0] for array in (D, dt_bias)))
+
+
+def selective_state_update_to_mamba_ssm(
+    dt: jax.Array,
+    A: jax.Array,
+    D: jax.Array | None = None,
+    dt_bias: jax.Array | None = None,
+    *,
+    headdim: int,
+    dstate: int,
+) -> PerHead:
+    """The repeated form of per-head numbers."""
+
+    def repeat(array: jax.Array | None, *sizes: int) -> Any:
+        if array is None:
+            return None
+        return jnp.broadcast_to(jnp.expand_dims(array, range(-len(sizes), 0)), (*array.shape, *sizes))
+
+    return PerHead(repeat(dt, headdim), repeat(A, headdim, dstate), repeat(D, headdim), repeat(dt_bias, headdim))
+
+
+class VllmCall(NamedTuple):
+    """vLLM's argument list as far as it differs: per-head numbers repeated, the null slot under its own name."""
+
+    per_head: PerHead
+    null_slot: int | None
+
+
+def selective_state_update_from_vllm(
+    dt: jax.Array,
+    A: jax.Array,
+    D: jax.Array | None = None,
+    dt_bias: jax.Array | None = None,
+    *,
+    has_indices: bool,
+    null_block_id: int = 0,
+) -> VllmCall:
+    """As from mamba_ssm, and null_block_id, which vLLM gives also where there are no slot indices to compare it with."""
+    per_head = selective_state_update_from_mamba_ssm(dt, A, D, dt_bias)
+    return VllmCall(per_head, null_block_id if has_indices else None)
+
+
+def selective_state_update_to_vllm(
+    dt: jax.Array,
+    A: jax.Array,
+    D: jax.Array | None = None,
+    dt_bias: jax.Array | None = None,
+    *,
+    headdim: int,
+    dstate: int,
+    null_slot: int | None = None,
+) -> tuple[PerHead, int]:
+    """The repeated form, and the null_block_id that means the same: -1, which no slot has, for None."""
+    per_head = selective_state_update_to_mamba_ssm(dt, A, D, dt_bias, headdim=headdim, dstate=dstate)
+    return per_head, -1 if null_slot is None else null_slot

@@ -1,0 +1,227 @@
+"""The result file, the figures drawn from it, the peers, and the command line."""
+
+import json
+import re
+
+import pytest
+import torch
+
+from benchmarks import __main__ as command
+from benchmarks import peers, plot, results, run_command
+from benchmarks.ops import OPS
+from benchmarks.results import CEILING, Row
+from benchmarks.timing import Sample
+from benchmarks.tune_command import jobs_of
+
+from .cases import select
+
+OP = OPS["selective_state_update"]
+STATICS = {"headdim": 64, "dstate": 128}
+KEYS = {
+    "case", "dims", "implementation", "us", "us_p20", "us_p80", "host_us", "bytes", "flops", "floor_us", "error", "config",
+    "kernels", "source",
+}  # fmt: skip
+
+
+def rows():
+    copy = Row(case="copy 1024 MiB", dims={"bytes": 2**30}, implementation=CEILING, us=500.0, bytes=2**31)
+    made = [copy]
+    for size, dtype, implementation, us in [
+        (1024, "float32", "triton", 20.0), (1024, "float32", "mosaic_gpu", 21.0), (8192, "float32", "triton", 140.0),
+        (8192, "float16", "triton", 70.0), (8192, "float16", "peer:vllm", 75.0),
+    ]:  # fmt: skip
+        case = OP.case(size, STATICS, dtype)
+        made.append(
+            Row(
+                case=case.name, dims=results.dims_of(case), implementation=implementation, us=us, us_p20=us - 1,
+                us_p80=us + 1, host_us=30.0, bytes=OP.bytes_moved(case), flops=OP.flops(case), error=1e-3,
+                config={"BLOCK_SIZE_M": 4, "num_warps": 1, "source": "shipped"}, kernels=["kernel", "Memcpy <DtoD>"],
+            )
+        )  # fmt: skip
+    results.set_floors(made)
+    return made
+
+
+def write(path, made):
+    results.write(path, OP.name, "NVIDIA_H200", {"torch": "2.11.0", "driver": "580"}, "python -m benchmarks run", made)
+
+
+def test_the_schema(tmp_path):
+    path = tmp_path / "new" / "selective_state_update.json"
+    write(path, rows())
+    data = json.loads(path.read_text())
+    assert data.keys() == {"op", "device", "versions", "date", "command", "rows"}
+    assert all(row.keys() == KEYS for row in data["rows"])
+    row = data["rows"][1]
+    assert row["dims"] == {
+        "S": 8, "B": 8, "H": 128, "G": 8, "P": 64, "N": 128, "dtype": "bfloat16", "state_dtype": "float32",
+    }  # fmt: skip
+    assert (row["case"], row["implementation"], row["source"]) == ("E=1024", "triton", "measured")
+    head, read = results.read(path)
+    assert head["device"] == "NVIDIA_H200" and [one.us for one in read] == [one.us for one in rows()]
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_the_floor_is_the_bytes_at_the_fastest_copy():
+    made = [Row(case="c", dims={}, implementation=CEILING, us=us, bytes=4_000) for us in (2.0, 1.0)]
+    made.append(Row(case="x", dims={}, implementation="triton", us=5.0, bytes=8_000))
+    results.set_floors(made)
+    assert [row.floor_us for row in made] == [None, None, 2.0]
+    assert made[2].gbps == pytest.approx(1.6)
+
+
+def test_a_nan_is_not_written(tmp_path):
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write(tmp_path / "x.json", [Row(case="c", dims={}, implementation="triton", us=float("nan"), bytes=1)])
+    assert not (tmp_path / "x.json").exists()
+
+
+def test_figures_from_the_file_alone(tmp_path):
+    path = tmp_path / "selective_state_update.json"
+    write(path, rows())
+    written = plot.draw(path)
+    assert [one.name for one in written] == [
+        "selective_state_update.float32.png", "selective_state_update.float16.png", "selective_state_update.html",
+    ]  # fmt: skip
+    assert all(one.read_bytes().startswith(b"\x89PNG") for one in written[:2])
+    page = written[2].read_text()
+    assert page.count("data:image/png;base64,") == 4  # light and dark, two dtypes
+    assert not re.search(r'(src|href|srcset)="(?!data:)', page)  # self-contained
+    assert "NVIDIA H200" in page and "2.11.0" in page and "copy of the same run reaches 4295 GB/s" in page
+    assert "1.05" in page  # Pallas ÷ Triton at 1024
+    assert "Memcpy &lt;DtoD&gt;" in page
+
+
+def test_quoted_rows_stand_in_for_missing_peers_only(tmp_path):
+    figures = tmp_path / "peers.jsonl"
+    shape = {"op": "ssu", "B": 8, "H": 128, "G": 8}
+    lines = [
+        {"op": "copy", "gbps": 4273.0},
+        shape | {"peer": "vllm", "dtype": "torch.float32", "ms": 0.0473, "graph_ms": 0.01547},
+        shape | {"peer": "mamba_ssm", "dtype": "torch.float32", "ms": 0.0361, "graph_ms": 0.02336},
+        shape | {"peer": "vllm", "dtype": "torch.float16", "ms": 0.04883, "graph_ms": 0.01141},
+        shape | {"peer": "vllm", "B": 64, "dtype": "torch.float32", "ms": 0.147, "graph_ms": 0.144},
+    ]
+    figures.write_text("\n".join(json.dumps(line) for line in lines) + "\n")
+    (row,) = results.quoted(OP, [OP.case(1024, STATICS, "float32")], figures, ["vllm"])
+    assert (row.implementation, row.us, row.source) == ("peer:vllm", pytest.approx(15.47), "quoted")
+    assert row.us_p20 is None and row.error is None
+
+
+def test_missing_peers_are_named_with_the_reason():
+    absent = peers.Peer("nobody", "no_such_module.ops", "f", lambda *_: lambda: torch.empty(0))
+    renamed = peers.Peer("renamed", "json", "no_such_function", lambda *_: lambda: torch.empty(0))
+    here = peers.Peer("here", "json", "dumps", lambda *_: lambda: torch.empty(0))
+    present, missing = peers.find((absent, renamed, here))
+    assert present == {here: json.dumps} and here.version() != ""
+    assert missing[absent] == "ModuleNotFoundError: No module named 'no_such_module'"
+    assert missing[renamed] == "ImportError: json has no no_such_function"
+
+
+@pytest.mark.parametrize("peer", OP.peers, ids=lambda peer: peer.name)
+def test_peers_are_called_on_their_tied_path(peer):
+    from benchmarks.op import Storage, draw
+
+    case = OP.case(16, {"headdim": 8, "dstate": 4}, "float32")
+    tensors = draw(OP, case, Storage(torch.device("cpu")))
+    seen = {}
+
+    def function(state, x, dt, A, B, C, D=None, dt_bias=None, **keywords):
+        seen.update(dt=dt, A=A, D=D, dt_bias=dt_bias, **keywords)
+        return x
+
+    peer.adapt(function, tensors, torch.empty_like(tensors["x"]))()
+    assert seen["A"].shape == (16, 8, 4) and seen["A"].stride()[1:] == (0, 0)
+    assert seen["dt"].shape == (1, 16, 8) and seen["dt"].stride(-1) == 0
+    assert seen["dt_bias"].shape == (16, 8) and seen["dt_bias"].stride(-1) == 0
+    assert seen["dt_softplus"] is True and seen["state_batch_indices"].dtype == torch.int32
+
+
+# -- measuring, with implementations of which one is wrong
+
+
+class FakeClock:
+    def supports(self, framework):
+        return True
+
+    def cold_us(self, calls, repeats):
+        return [Sample(10.0 + i, 9.0, 20.0, ("kernel",)) for i, _ in enumerate(calls)]
+
+
+def test_a_wrong_implementation_is_not_timed():
+    from ssm_configs import Device
+
+    from .test_benchmarks_tune import Definition
+
+    class Named(Definition):
+        def __init__(self, name, **definition):
+            super().__init__(**definition)
+            self.name = name
+
+        def bind(self, op, operands, compiled, knobs):
+            from dataclasses import replace
+
+            return replace(super().bind(op, operands, compiled, knobs), label=self.name)
+
+    def spoil(size, knobs, results):
+        results["state"][0] = 0
+
+    cases = [OP.case(16, {"headdim": 8, "dstate": 16}, "float32")]
+    implementations = {"triton": Named("triton"), "peer:wrong": Named("peer:wrong", spoil=spoil)}
+    made, failures = [], []
+    run_command.measure(
+        OP, cases, implementations, FakeClock(), torch.device("cpu"), Device("NVIDIA H200", (9, 0)), made, failures
+    )
+    assert [row.implementation for row in made] == ["triton"]
+    assert made[0].us == 10.0 and made[0].error < 2e-3 and made[0].config["source"] == "heuristic"
+    assert len(failures) == 1 and failures[0].startswith("peer:wrong: E=16") and "state: relative error" in failures[0]
+
+
+def test_the_sweep_and_the_models_shapes():
+    assert [case.name for case in run_command.sweep(OP, [8, 16], ["float16"])] == ["E=16", "E=8"]
+    for case in select(op=OP.name, tags=("standard",)):
+        assert OP.bytes_moved(case) > 0 and OP.operands(case)["state"].shape[0] == case.dims["S"]
+
+
+# -- the command line
+
+
+@pytest.mark.parametrize("arguments", [[], ["run"], ["tune"], ["run", OP.name], ["tune", OP.name], ["plot"]])
+def test_help(arguments, capsys):
+    with pytest.raises(SystemExit) as exit:
+        command.main([*arguments, "--help"])
+    assert exit.value.code == 0
+    assert "usage: python -m benchmarks" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "arguments are required: run|tune|plot"),
+        (["fly"], "invalid choice: 'fly'"),
+        (["run", "no_such_op"], "invalid choice: 'no_such_op'"),
+        (["run", OP.name, "--clock", "sundial"], "invalid choice: 'sundial'"),
+        (["tune", OP.name, "--twin", "third"], "invalid choice: 'third'"),
+        (["tune", OP.name, "--cache-dtype", "bfloat16"], "invalid choice: 'bfloat16'"),
+        (["tune", OP.name, "--headdim", "wide"], "invalid int value: 'wide'"),
+        (["tune", OP.name, "--sizes", "200"], "multiple of 128, got 200"),
+        (["run", OP.name, "--sizes", "200"], "multiple of 128, got 200"),
+        (["run", OP.name, "--dtypes", "float8"], "invalid choice: 'float8'"),
+        (["run", OP.name, "--implementations", "cuda"], "invalid choice: 'cuda'"),
+        (["plot", "no/such/file.json"], "no/such/file.json"),
+    ],
+)
+def test_argument_errors(arguments, message, capsys):
+    with pytest.raises(SystemExit) as exit:
+        command.main(arguments)
+    assert exit.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_the_default_jobs_are_the_grid_largest_state_first():
+    jobs = jobs_of(OP, command.parser().parse_args(["tune", OP.name]))
+    assert len(jobs) == 3 * 4 * 2 * 2 and len({str(job) for job in jobs}) == len(jobs)
+    assert [str(job) for job in jobs[:2]] == [
+        "headdim=128,dstate=256,cache_dtype=float32 triton", "headdim=128,dstate=256,cache_dtype=float32 pallas",
+    ]  # fmt: skip
+    assert jobs[0].sizes == OP.sizes and len(OP.sizes) == 21
