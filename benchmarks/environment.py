@@ -6,6 +6,7 @@ import importlib.metadata
 import importlib.util
 import platform
 import subprocess
+import sys
 from pathlib import Path
 
 import torch
@@ -13,8 +14,8 @@ import torch
 _PACKAGES = {"triton": ("torch", "triton"), "pallas": ("jax", "jaxlib")}
 
 
-def device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device)
+def command() -> str:
+    return " ".join(["python -m benchmarks", *sys.argv[1:]])
 
 
 @functools.cache

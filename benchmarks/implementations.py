@@ -102,6 +102,12 @@ class _TorchImplementation:
 class TritonTwin(_TorchImplementation):
     name = "triton"
 
+    def compile(self, op: BenchOp, case: Case, knobs: Knobs | None) -> None:
+        import triton.knobs
+
+        if not triton.knobs.runtime.interpret:  # the interpreter compiles nothing, and stands one thread only
+            super().compile(op, case, knobs)
+
     def _function(self, op: BenchOp, operands: TorchOperands) -> Callable[[], torch.Tensor]:
         import triton_ssm
 

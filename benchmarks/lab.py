@@ -20,11 +20,9 @@ from .tuning_log import Config, config_of
 class Lab:
     """Holds the operands of one case at a time; buffers are kept from case to case."""
 
-    def __init__(
-        self, op: BenchOp, implementation: Implementation, clock: Clock, device: torch.device, storage: Storage
-    ):
+    def __init__(self, op: BenchOp, implementation: Implementation, clock: Clock, storage: Storage):
         self.op, self.implementation, self.clock = op, implementation, clock
-        self._device, self._storage = device, storage
+        self._storage = storage
         self._compiled: dict[tuple[str, Config | None], Any] = {}
         self._case: Case | None = None
         self._operands: Any = None
@@ -45,6 +43,9 @@ class Lab:
             except Exception as error:
                 return error
 
+        # The first one alone: it initialises compilers and drivers, not all of which would stand being raced.
+        for key in list(todo)[:1]:
+            self._compiled[key] = attempt(todo.pop(key))
         with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
             self._compiled.update(zip(todo, pool.map(attempt, todo.values()), strict=True))
 
@@ -62,7 +63,7 @@ class Lab:
     def check(self, case: Case, knobs: Knobs | None) -> tuple[str | None, dict[str, float]]:
         """(what is wrong or None, relative error of each result) after one call on fresh operands."""
         try:
-            call = self._call(case, knobs)
+            call = self.call(case, knobs)
             self._operands.reset()
             call.issue()
             call.wait()
@@ -76,13 +77,10 @@ class Lab:
         return wrong, {name: error.relative for name, error in found.items()}
 
     def time(self, case: Case, configs: Sequence[Knobs], repeats: int) -> list[Sample]:
-        return self.clock.cold_us([self._call(case, knobs) for knobs in configs], repeats)
+        return self.clock.cold_us([self.call(case, knobs) for knobs in configs], repeats)
 
     def call(self, case: Case, knobs: Knobs | None = None) -> Call:
-        """One call of this case, compiled."""
-        return self._call(case, knobs)
-
-    def _call(self, case: Case, knobs: Knobs | None) -> Call:
+        """A compiled call on the operands of this case, which are drawn when the case is a new one."""
         self.compile([(case, knobs)])
         compiled = self._compiled[self._key(case, knobs)]
         if isinstance(compiled, Exception):

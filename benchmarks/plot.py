@@ -23,6 +23,7 @@ _COLORS = {
 }
 _NAMES = {"triton": "triton_ssm", "mosaic_gpu": "pallas_ssm (Mosaic GPU)", "xla": "pallas_ssm (XLA)"}
 _THEMES = {"light": ("#ffffff", "#20242a", "#d5d9df"), "dark": ("#14171c", "#e4e7ec", "#3a404a")}
+_AXES = {"E": "E = batch × heads"}
 _SWEEP = re.compile(r"(\w+)=(\d+)")
 """How a case of the sweep is named; the models' cases are not on its axis."""
 
@@ -80,14 +81,14 @@ def figure(head: dict[str, Any], rows: Sequence[Row], dtype: str, theme: str) ->
             axes.plot(
                 x, y, marker="o", markersize=5, linewidth=1.8, linestyle="--" if is_quoted else "-",
                 color=_COLORS.get(implementation), markerfacecolor=background if is_quoted else None,
-                label=name_of(implementation) + (" (quoted)" if is_quoted else ""),
+                label=name_of(implementation) + (" (quoted, L2 not flushed)" if is_quoted else ""),
             )  # fmt: skip
     ceiling = copy_gbps(rows)
     if ceiling:
         axes.axhline(ceiling, color=ink, linewidth=1, linestyle=":", label=f"copy ceiling, {ceiling:.0f} GB/s")
     axes.set_xscale("log", base=2)
     axes.set_ylim(bottom=0)
-    axes.set_xlabel(axis, color=ink)
+    axes.set_xlabel(_AXES.get(axis, axis), color=ink)
     axes.set_ylabel("GB/s, cold L2", color=ink)
     axes.set_title(f"{head['op']}, {dtype} state, {head['device'].replace('_', ' ')}", color=ink, fontsize=11)
     axes.tick_params(colors=ink)

@@ -59,11 +59,12 @@ def set_floors(rows: Iterable[Row]) -> None:
 def quoted(op: BenchOp, cases: Sequence[Case], path: Path, names: Sequence[str]) -> list[Row]:
     """Rows for the peers `names` from a JSONL of figures: op, peer, dims, dtype (of the state) and graph_ms a line.
 
-    `graph_ms` is kernel time like ours; unlike ours it is taken without flushing L2.
+    `graph_ms` is kernel time like ours; unlike ours it is taken without flushing L2. Dims that a line leaves out are those
+    of the op's sweep.
     """
     figures = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     rows = []
-    for case in cases:
+    for case in (case for case in cases if op.table_key(case)[1] == dict(op.run_statics)):
         for figure in figures:
             same = all(case.dims[key] == figure[key] for key in case.dims.keys() & figure.keys())
             same_dtype = figure.get("dtype", "").removeprefix("torch.") == case.state_dtype

@@ -19,10 +19,11 @@ from ssm_configs import Device, explain
 from . import environment, peers, plot, results
 from .implementations import OWN, Implementation, PeerImplementation
 from .lab import Lab
+from .machine import Machine, this_machine
 from .op import BenchOp, Storage
 from .ops import OPS
 from .results import Row
-from .timing import CLOCKS, Clock, copy_call, host_us
+from .timing import CLOCKS, copy_call, host_us
 from .tune import floor_us
 
 RESULTS = Path(__file__).parent / "results"
@@ -57,38 +58,36 @@ def validate(arguments: argparse.Namespace) -> None:
 
 
 def main(arguments: argparse.Namespace) -> int:
-    op = OPS[arguments.op]
-    device = torch.device("cuda")
-    target = Device(environment.device_name(device), torch.cuda.get_device_capability(device))
-    clock = CLOCKS[arguments.clock](device)
+    return run(OPS[arguments.op], arguments, this_machine(arguments.clock))
+
+
+def run(op: BenchOp, arguments: argparse.Namespace, machine: Machine) -> int:
     present, missing = peers.find(op.peers)
     for peer, reason in missing.items():
         print(f"{peer.implementation} is missing: {reason}")
-
-    implementations: dict[str, Implementation] = {name: make(device) for name, make in OWN.items()} | {
-        peer.implementation: PeerImplementation(device, peer, function) for peer, function in present.items()
-    }
-    implementations = {
-        name: implementation for name, implementation in implementations.items() if name in arguments.implementations
-    }
-    for name in [name for name, one in implementations.items() if not clock.supports(one.framework)]:
-        print(f"{name} is left out: the {arguments.clock} clock cannot time it")
-        del implementations[name]
+    implementations: dict[str, Implementation] = {name: make(machine.device) for name, make in OWN.items()}
+    for peer, function in present.items():
+        implementations[peer.implementation] = PeerImplementation(machine.device, peer, function)
+    for name, implementation in list(implementations.items()):
+        if name not in arguments.implementations:
+            del implementations[name]
+        elif not machine.clock.supports(implementation.framework):
+            print(f"{name} is left out: the {arguments.clock} clock cannot time it")
+            del implementations[name]
 
     cases = sweep(op, arguments.sizes, arguments.dtypes)
     if not arguments.no_cases:
         cases += select(op=op.name, tags=("standard",))
-    rows, failures = ceiling(clock, device), []
-    path = (arguments.out or RESULTS / target.table_name) / f"{op.name}.json"
+    rows, failures = ceiling(machine), []
+    path = (arguments.out or RESULTS / machine.target.table_name) / f"{op.name}.json"
     try:
-        measure(op, cases, implementations, clock, device, target, rows, failures)
+        measure(op, cases, implementations, machine, rows, failures)
     finally:  # what was measured before a crash is worth having
         if arguments.peers_figures:
             rows += results.quoted(op, cases, arguments.peers_figures, [peer.name for peer in missing])
         results.set_floors(rows)
         versions = environment.versions() | {peer.name: peer.version() for peer in present}
-        command = " ".join(["python -m benchmarks", *sys.argv[1:]])
-        results.write(path, op.name, target.table_name, versions, command, rows)
+        results.write(path, op.name, machine.target.table_name, versions, environment.command(), rows)
         print(path)
     for written in plot.draw(path):
         print(written)
@@ -102,11 +101,11 @@ def sweep(op: BenchOp, sizes: Sequence[int], dtypes: Sequence[str]) -> list[Case
     return [op.case(size, op.run_statics, dtype) for dtype in dtypes for size in sorted(sizes, reverse=True)]
 
 
-def ceiling(clock: Clock, device: torch.device) -> list[Row]:
+def ceiling(machine: Machine) -> list[Row]:
     """Copies of several sizes, by the same clock as everything else."""
     rows = []
     for size in COPY_SIZES:
-        (sample,) = clock.cold_us([copy_call(size, device)], repeats=10)
+        (sample,) = machine.clock.cold_us([copy_call(size, machine.device)], repeats=10)
         rows.append(
             Row(
                 case=f"copy {size >> 20} MiB",
@@ -127,18 +126,16 @@ def measure(
     op: BenchOp,
     cases: Sequence[Case],
     implementations: Mapping[str, Implementation],
-    clock: Clock,
-    device: torch.device,
-    target: Device,
+    machine: Machine,
     rows: list[Row],
     failures: list[str],
 ) -> None:
     """Appends to `rows` and, what went wrong in words, to `failures`."""
-    storage = Storage(device)
-    labs = {name: Lab(op, one, clock, device, storage) for name, one in implementations.items()}
+    storage = Storage(machine.device)
+    labs = {name: Lab(op, one, machine.clock, storage) for name, one in implementations.items()}
     for lab in labs.values():
         lab.compile([(case, None) for case in cases])
-    for case in tqdm(cases, unit="case"):
+    for case in tqdm(cases, unit="case", disable=None):
         errors: dict[str, float] = {}
         for name, lab in labs.items():
             wrong, found = lab.check(case, None)
@@ -149,7 +146,7 @@ def measure(
         if not errors:
             continue
         calls = [labs[name].call(case) for name in errors]
-        samples = clock.cold_us(calls, repeats=30 if floor_us(op, case) < 200 else 15)
+        samples = machine.clock.cold_us(calls, repeats=30 if floor_us(op, case) < 200 else 15)
         for call, sample in zip(calls, samples, strict=True):
             rows.append(
                 Row(
@@ -163,7 +160,7 @@ def measure(
                     bytes=op.bytes_moved(case),
                     flops=op.flops(case),
                     error=errors[call.label],
-                    config=_config(op, call.label, case, target),
+                    config=_config(op, call.label, case, machine.target),
                     kernels=sample.kernels,
                 )
             )

@@ -70,6 +70,8 @@ class KinetoClock:
     """Device time from torch's profiler, one session for a whole batch of calls (a session costs tens of ms)."""
 
     def __init__(self, device: torch.device):
+        if torch.profiler.ProfilerActivity.CUDA not in torch.profiler.supported_activities():
+            raise ClockError("torch's profiler cannot see this GPU; --clock events times the torch side without it")
         self._flush = _Flush(device)
 
     def supports(self, framework: str) -> bool:

@@ -26,7 +26,7 @@ from .timing import Sample
 from .tuning_log import TuningLog, config_of
 
 KEEP = 3
-"""Candidates that go on to a size from the nearest of `first_sizes`; each of the others sends its winner."""
+"""Candidates that go on to a size from the nearest anchor; each of the others sends its winner."""
 
 
 class Bench(Protocol):
@@ -70,10 +70,15 @@ class Job:
         middle = self.op.first_sizes[len(self.op.first_sizes) // 2]
         return min(self.sizes, key=lambda size: _distance(size, middle))
 
-    def first_sizes(self, compiled_case: Callable[[Case], Case]) -> tuple[int, ...]:
-        """The sizes nearest to the op's first sizes, and those that need no kernel beyond theirs."""
+    @property
+    def anchors(self) -> tuple[int, ...]:
+        """The sizes nearest to the op's first sizes."""
         nearest = {min(self.sizes, key=lambda size: _distance(size, first)) for first in self.op.first_sizes}
-        compiled = {str(compiled_case(self.case(size))) for size in nearest}
+        return tuple(sorted(nearest))
+
+    def first_sizes(self, compiled_case: Callable[[Case], Case]) -> tuple[int, ...]:
+        """Where every candidate is timed: the anchors, and all sizes that need no kernel beyond theirs."""
+        compiled = {str(compiled_case(self.case(size))) for size in self.anchors}
         return tuple(size for size in self.sizes if str(compiled_case(self.case(size))) in compiled)
 
 
@@ -93,7 +98,7 @@ def tune(job: Job, bench: Bench, log: TuningLog, step: Callable[[int], Any] = la
         _time(job, bench, log, cases, size, correct, step)
 
     rest = [size for size in job.sizes if size not in first]
-    finalists = {size: _finalists(log, size, first, correct) for size in rest}
+    finalists = {size: _finalists(log, size, job.anchors, correct) for size in rest}
     _compile(bench, log, cases, [(size, knobs) for size in rest for knobs in finalists[size]])
     for size in sorted(rest, reverse=True):
         _time(job, bench, log, cases, size, finalists[size], step)
@@ -129,7 +134,7 @@ def floor_us(op: BenchOp, case: Case) -> float:
 def timed_configs(job: Job, compiled_case: Callable[[Case], Case]) -> dict[int, int]:
     """How many configs are timed at each size, at most."""
     first = job.first_sizes(compiled_case)
-    finalists = min(len(job.candidates), KEEP + len(job.op.first_sizes) - 1)
+    finalists = min(len(job.candidates), KEEP + len(job.anchors) - 1)
     return {size: len(job.candidates) if size in first else finalists for size in job.sizes}
 
 
@@ -153,11 +158,11 @@ def _distance(size: int, other: int) -> float:
     return abs(math.log(size / other))
 
 
-def _finalists(log: TuningLog, size: int, first: Sequence[int], correct: Sequence[Knobs]) -> list[Knobs]:
-    by_distance = sorted(first, key=lambda other: _distance(size, other))
+def _finalists(log: TuningLog, size: int, anchors: Sequence[int], correct: Sequence[Knobs]) -> list[Knobs]:
+    by_distance = sorted(anchors, key=lambda other: _distance(size, other))
     ranked = {other: sorted(correct, key=lambda knobs: _logged(log, other, knobs)) for other in by_distance}
     best = [ranked[other][: KEEP if other == by_distance[0] else 1] for other in by_distance]
-    return [dict(config) for config in dict.fromkeys(tuple(knobs.items()) for knobs in itertools.chain(*best))]
+    return [dict(config) for config in dict.fromkeys(config_of(knobs) for knobs in itertools.chain(*best))]
 
 
 def _logged(log: TuningLog, size: int, knobs: Knobs) -> float:

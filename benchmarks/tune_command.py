@@ -3,11 +3,10 @@
 import argparse
 import datetime
 import itertools
-import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
 from ssm_configs import Device
@@ -15,13 +14,17 @@ from ssm_configs.search import SHIPPED
 from ssm_configs.spec import TWINS
 
 from . import environment, tables, winners
-from .implementations import JaxTwin, TritonTwin
+from .implementations import OWN
 from .lab import Lab
+from .machine import Machine, this_machine
 from .op import BenchOp, Storage
 from .ops import OPS
 from .timing import CLOCKS
 from .tune import Job, TuningError, estimate_seconds, is_complete, timed_configs, tune
 from .tuning_log import TuningLog
+
+TUNED = {"triton": "triton", "pallas": "mosaic_gpu"}
+"""The implementation that a twin's table entries launch."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,41 +39,48 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         )  # fmt: skip
         command.add_argument("--twin", nargs="+", default=TWINS, choices=TWINS)
         command.add_argument("--sizes", type=int, nargs="+", default=op.sizes, metavar="N", help=op.spec.size_key)
+        command.add_argument("--clock", choices=CLOCKS, default="kineto", help="events: no profiler, but Triton only")
         command.add_argument("--tables", type=Path, default=SHIPPED, help="where the tables go (default: %(default)s)")
         command.add_argument("--log", type=Path, default=Path("tuning-log"), help="measurements so far; resumes there")
 
 
 def validate(arguments: argparse.Namespace) -> None:
     """ValueError for what argparse cannot see."""
+    if arguments.clock == "events" and "pallas" in arguments.twin:
+        raise ValueError("--clock events cannot time JAX: add --twin triton")
     jobs_of(OPS[arguments.op], arguments)
 
 
 def main(arguments: argparse.Namespace) -> int:
-    op = OPS[arguments.op]
-    jobs = jobs_of(op, arguments)
-    device = torch.device("cuda")
-    target = Device(environment.device_name(device), torch.cuda.get_device_capability(device))
-    storage, clock = Storage(device), CLOCKS["kineto"](device)
-    twins = {"triton": TritonTwin(device), "pallas": JaxTwin("mosaic_gpu")}
-    labs = {twin: Lab(op, twins[twin], clock, device, storage) for twin in arguments.twin}
+    return run(OPS[arguments.op], arguments, this_machine(arguments.clock))
+
+
+def run(op: BenchOp, arguments: argparse.Namespace, machine: Machine) -> int:
+    jobs, storage = jobs_of(op, arguments), Storage(machine.device)
+    labs = {twin: Lab(op, OWN[TUNED[twin]](machine.device), machine.clock, storage) for twin in arguments.twin}
     seconds = sum(estimate_seconds(job, labs[job.twin].compiled_case) for job in jobs)
-    print(f"{len(jobs)} jobs on {target.name}, about {seconds / 60:.1f} minutes; log in {arguments.log}", flush=True)
+    print(
+        f"{len(jobs)} jobs on {machine.target.name}, about {seconds / 60:.1f} minutes; log in {arguments.log}",
+        flush=True,
+    )
 
     failed = done = 0
     totals = [sum(timed_configs(job, labs[job.twin].compiled_case).values()) for job in jobs]
-    with tqdm(total=sum(totals), unit="config", smoothing=0.1) as bar:
+    # Without a terminal the line at the end of each job has to do.
+    with tqdm(total=sum(totals), unit="config", smoothing=0.1, disable=None) as bar:
         for job, total in zip(jobs, totals, strict=True):
             bar.set_description(str(job))
+            start = time.perf_counter()
             try:
-                tune(job, labs[job.twin], open_log(arguments.log, job, target), bar.update)
+                tune(job, labs[job.twin], open_log(arguments.log, job, machine.target), bar.update)
             except TuningError as error:
                 failed += 1
                 bar.write(f"error: {error}")
             labs[job.twin].forget()
             done += total
             bar.update(done - bar.n)  # some finalists were the same
-            path = write(job, target, arguments.log, arguments.tables)
-            bar.write(f"{job}: {path or 'no table, nothing complete'}")
+            path = write(job, machine.target, arguments.log, arguments.tables)
+            bar.write(f"{time.perf_counter() - start:6.1f} s  {job}: {path or 'no table, nothing complete'}")
     return 1 if failed else 0
 
 
@@ -126,5 +136,5 @@ def _metadata(twins: Mapping[str, object]) -> dict[str, str]:
         **{f"{name}_version": versions[name] for twin in twins for name in compilers[twin]},
         "driver": versions["driver"],
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "command": " ".join(["python -m benchmarks", *sys.argv[1:]]),
+        "command": environment.command(),
     }

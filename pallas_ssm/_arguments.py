@@ -6,14 +6,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from ssm_configs.contracts.selective_state_update import INDICES, Dims
 
+ARRAYS = (jax.Array, np.ndarray, np.generic)
 
-def check_arrays(arrays: Mapping[str, Any]) -> dict[str, jax.Array]:
+
+def check_arrays(arrays: Mapping[str, Any], kinds: tuple[type, ...] = ARRAYS) -> dict[str, Any]:
     """The arrays among the arguments; TypeError for anything that is neither an array nor None."""
     for name, array in arrays.items():
-        if array is not None and not isinstance(array, jax.Array | np.ndarray | np.generic):
+        if array is not None and not isinstance(array, kinds):
             raise TypeError(f"{name}: expected an array, got {type(array).__name__}")
     return {name: array for name, array in arrays.items() if array is not None}
 
@@ -40,7 +43,7 @@ def check_slot_values(arrays: Mapping[str, Any], dims: Dims) -> None:
 
 
 def _on_host(array: Any) -> np.ndarray | None:
-    if array is None or isinstance(array, jax.core.Tracer):
+    if not isinstance(array, ARRAYS) or isinstance(array, Tracer):
         return None
     if isinstance(array, jax.Array) and any(device.platform != "cpu" for device in array.devices()):
         return None
@@ -57,25 +60,32 @@ def index_array(array: Any) -> jax.Array | None:
     return jnp.clip(array, limits.min, limits.max).astype(jnp.int32)
 
 
-def rounding_key(seed: Any) -> jax.Array | None:
-    """The seed as Philox's key, two 32-bit words, low word first."""
+def check_seed(seed: Any, kinds: tuple[type, ...] = ARRAYS) -> None:
     if seed is None:
-        return None
-    if isinstance(seed, jax.Array | np.ndarray | np.generic):
-        if seed.shape != () or seed.dtype not in (jnp.int32, jnp.uint32, np.int64, np.uint64):
+        return
+    if isinstance(seed, kinds):
+        if seed.shape != () or seed.dtype.name not in ("int32", "uint32", "int64", "uint64"):
             raise ValueError(
                 f"rounding_seed: expected a scalar of dtype int32, uint32, int64 or uint64, got shape {seed.shape} "
                 f"{seed.dtype.name}"
             )
-        if seed.dtype.itemsize == 4:  # 32 bits of seed, not a number to sign-extend into the upper half of the key
-            low = jax.lax.convert_element_type(seed, jnp.uint32)
-            return jnp.stack([low, jnp.zeros_like(low)])
-        if isinstance(seed, np.ndarray | np.generic):
-            return rounding_key(int(seed) % 2**64)
-        bits = jax.lax.convert_element_type(seed, jnp.uint64)
-        return jnp.stack([bits, bits >> 32]).astype(jnp.uint32)
-    if isinstance(seed, bool) or not isinstance(seed, int):
+    elif isinstance(seed, bool) or not isinstance(seed, int):
         raise TypeError(f"rounding_seed: expected an int, an integer scalar array or None, got {type(seed).__name__}")
-    if not 0 <= seed < 2**64:
+    elif not 0 <= seed < 2**64:
         raise ValueError(f"rounding_seed: expected 0 <= seed < 2**64, got {seed}")
-    return jnp.asarray(np.array([seed & 0xFFFFFFFF, seed >> 32], np.uint32))
+
+
+def rounding_key(seed: Any) -> jax.Array | None:
+    """A checked seed as Philox's key, two 32-bit words, low word first."""
+    if seed is None:
+        return None
+    if isinstance(seed, jax.Array):
+        # 32 bits of seed are not a number to sign-extend into the upper half of the key.
+        if seed.dtype.itemsize == 4:
+            low = seed.astype(jnp.uint32)
+            return jnp.stack([low, jnp.zeros_like(low)])
+        bits = seed.astype(jnp.uint64)
+        return jnp.stack([bits, bits >> 32]).astype(jnp.uint32)
+    width = 32 if isinstance(seed, np.ndarray | np.generic) and seed.dtype.itemsize == 4 else 64
+    number = int(seed) % 2**width
+    return jnp.asarray(np.array([number & 0xFFFFFFFF, number >> 32], np.uint32))

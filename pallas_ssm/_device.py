@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 from jax._src import config as jax_config
+from jax.core import Tracer
 
 from ssm_configs import Device
 
@@ -48,8 +49,9 @@ def target(arrays: Iterable[Any]) -> Target:
     return Target("gpu", Device(device.device_kind, (int(major), int(minor)) if minor.isdigit() else None))
 
 
-def _committed(arrays: Iterable[Any]) -> jax.Device | None:
+def _committed(arrays: Iterable[Any]) -> Any:
+    """The device of the first argument that was put on one, or None."""
     for array in arrays:
-        if isinstance(array, jax.Array) and not isinstance(array, jax.core.Tracer) and array.committed:
+        if isinstance(array, jax.Array) and not isinstance(array, Tracer) and array.committed:
             return next(iter(array.devices()))
     return None

@@ -3,9 +3,13 @@
 from dataclasses import dataclass
 from typing import Any
 
+import jax
+
 import ssm_configs
 
 from . import _selective_state_update_dispatch as ssu
+from ._arguments import ARRAYS
+from ._selective_state_update_launch import config_request
 
 _OPTIONS = dict.fromkeys((*ssu.contract.OPTIONAL, "null_slot", "rounding_seed"))
 
@@ -41,19 +45,10 @@ def explain(op: str, *args: Any, implementation: str | None = None, **kwargs: An
     """
     if op != ssu.OP:
         raise ValueError(f"op: expected {ssu.OP!r}, got {op!r}")
-    prepared = ssu.prepare(*args, **{**_OPTIONS, "dt_softplus": False, **kwargs})
+    kinds = (*ARRAYS, jax.ShapeDtypeStruct)
+    prepared = ssu.prepare(*args, **{**_OPTIONS, "dt_softplus": False, **kwargs}, kinds=kinds)
     choice = ssu.choose(prepared, implementation)
     if choice.launch is None:
         return Explanation(op, choice.implementation, choice.reason)
-    dims, device = prepared.static.dims, choice.target.device
-    assert device is not None
-    found = ssm_configs.explain(
-        op,
-        twin="pallas",
-        device=device,
-        dtype=prepared.arrays["state"].dtype.name,
-        size=dims.N_seq * dims.H,
-        headdim=dims.P,
-        dstate=dims.N,
-    )
-    return Explanation(op, choice.implementation, choice.reason, choice.launch, found)
+    request = config_request(prepared.static.dims, prepared.arrays["state"].dtype, choice.target.device)
+    return Explanation(op, choice.implementation, choice.reason, choice.launch, ssm_configs.explain(op, **request))

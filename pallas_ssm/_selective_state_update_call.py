@@ -8,9 +8,6 @@ import jax.numpy as jnp
 
 from ssm_configs.contracts.selective_state_update import Dims
 
-# What a gradient is taken in; None where an option is absent.
-FLOATS = ("state", "x", "dt", "A", "B", "C", "D", "z", "dt_bias")
-
 
 class Floats(NamedTuple):
     """The arguments that a gradient can be taken in, with a head axis (of size 1 in a head-less call)."""
@@ -50,17 +47,6 @@ class Static:
 
 def with_heads(floats: Floats) -> Floats:
     """A head-less call with its head axis put in: H = G = 1."""
-    state, x, dt, A, B, C, D, z, dt_bias = floats
-
-    def expand(array: jax.Array | None, axis: int) -> jax.Array | None:
-        return None if array is None else jnp.expand_dims(array, axis)
-
-    return Floats(
-        jnp.expand_dims(state, 1),
-        *(jnp.expand_dims(array, 1) for array in (x, dt)),
-        jnp.expand_dims(A, 0),
-        *(jnp.expand_dims(array, 1) for array in (B, C)),
-        expand(D, 0),
-        expand(z, 1),
-        expand(dt_bias, 0),
-    )
+    given = {name: array for name, array in floats._asdict().items() if array is not None}
+    axes = {name: 0 if name in ("A", "D", "dt_bias") else 1 for name in given}
+    return floats._replace(**{name: jnp.expand_dims(array, axes[name]) for name, array in given.items()})

@@ -13,7 +13,7 @@ from . import _arguments
 from ._device import Target, target
 from ._overrides import check_override
 from ._selective_state_update_call import Floats, Integers, Static
-from ._selective_state_update_launch import OP, Launch, Unsupported, check_device, kernel_config, plan_launch
+from ._selective_state_update_launch import OP, Launch, Unsupported, check_device, config_request, plan_launch
 
 IMPLEMENTATIONS = ("mosaic_gpu", "xla")
 
@@ -26,10 +26,17 @@ class Prepared(NamedTuple):
     rounding_seed: Any
 
     def operands(self) -> tuple[Floats, Integers]:
-        arrays = self.arrays
-        floats = Floats(*(None if (a := arrays.get(name)) is None else jnp.asarray(a) for name in Floats._fields))
-        indices = (_arguments.index_array(arrays.get(name)) for name in contract.INDICES)
-        return floats, Integers(*indices, _arguments.rounding_key(self.rounding_seed))
+        floats: dict[str, Any] = dict.fromkeys(Floats._fields)
+        floats |= {name: jnp.asarray(array) for name, array in self.arrays.items() if name in floats}
+        indices = {name: _arguments.index_array(self.arrays.get(name)) for name in contract.INDICES}
+        integers = Integers(
+            source=indices["state_batch_indices"],
+            target=indices["dst_state_batch_indices"],
+            cu_seqlens=indices["cu_seqlens"],
+            accepted=indices["num_accepted_tokens"],
+            key=_arguments.rounding_key(self.rounding_seed),
+        )
+        return Floats(**floats), integers
 
 
 @dataclass(frozen=True)
@@ -53,16 +60,19 @@ def prepare(
     dt_softplus: Any,
     null_slot: Any,
     rounding_seed: Any,
+    kinds: tuple[type, ...] = _arguments.ARRAYS,
     **others: Any,
 ) -> Prepared:
-    arrays = _arguments.check_arrays({"state": state, "x": x, "dt": dt, "A": A, "B": B, "C": C, **others})
+    """Checks a call. `kinds`: what may stand for an array."""
+    arrays = {"state": state, "x": x, "dt": dt, "A": A, "B": B, "C": C, **others}
+    arrays = _arguments.check_arrays(arrays, kinds)
     if type(dt_softplus) is not bool:
         raise TypeError(f"dt_softplus: expected a bool, got {type(dt_softplus).__name__}")
     for name in contract.REQUIRED:
         if name not in arrays:
             raise TypeError(f"{name}: expected an array, got None")
     dims = _arguments.checked(contract.check, arrays, null_slot, rounding_seed is not None)
-    _arguments.rounding_key(rounding_seed)
+    _arguments.check_seed(rounding_seed, kinds)
     _arguments.check_slot_values(arrays, dims)
     return Prepared(Static(dims, dt_softplus, null_slot), arrays, rounding_seed)
 
@@ -81,7 +91,7 @@ def choose(prepared: Prepared, implementation: str | None) -> Choice:
         if dims.T == 0 or dims.N_seq == 0:
             return Choice("xla", "there is no token", where)
         state_dtype = prepared.arrays["state"].dtype
-        config = kernel_config(dims, state_dtype, device)
+        config = ssm_configs.lookup(OP, **config_request(dims, state_dtype, device))
         launch = plan_launch(
             dims,
             state_dtype,

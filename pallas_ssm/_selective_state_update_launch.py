@@ -7,7 +7,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from ssm_configs import Config, Device, lookup
+from ssm_configs import Device
 from ssm_configs.contracts.selective_state_update import Dims
 
 from ._device import Target
@@ -47,16 +47,16 @@ class Launch:
     """Rows of a tile that are in registers at once."""
 
 
-def kernel_config(dims: Dims, state_dtype: Any, device: Device) -> Config:
-    return lookup(
-        OP,
-        twin="pallas",
-        device=device,
-        dtype=jnp.dtype(state_dtype).name,
-        size=dims.N_seq * dims.H,
-        headdim=dims.P,
-        dstate=dims.N,
-    )
+def config_request(dims: Dims, state_dtype: Any, device: Device | None) -> dict[str, Any]:
+    """What `ssm_configs.lookup` and `explain` are asked."""
+    return {
+        "twin": "pallas",
+        "device": device,
+        "dtype": jnp.dtype(state_dtype).name,
+        "size": dims.N_seq * dims.H,
+        "headdim": dims.P,
+        "dstate": dims.N,
+    }
 
 
 def check_device(target: Target) -> Device:

@@ -1,6 +1,7 @@
 """One differentiable function over both implementations; its backward pass is that of the XLA scan."""
 
 from functools import partial
+from typing import Any
 
 import jax
 from jax.custom_batching import custom_vmap
@@ -19,7 +20,8 @@ def call(prepared: Prepared, launch: Launch | None, batched_by_xla: bool) -> Res
     floats, integers = prepared.operands()
     if static.dims.headless:
         floats = with_heads(floats)
-    y, state = _run(static, launch, batched_by_xla, floats, integers)
+    result: Any = _run(static, launch, batched_by_xla, floats, integers)
+    y, state = result
     return (y[:, 0], state[:, 0]) if static.dims.headless else (y, state)
 
 

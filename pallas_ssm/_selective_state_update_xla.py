@@ -137,13 +137,12 @@ def differentiable(static: Static, floats: Floats, integers: Integers) -> Result
 
     # What a padding row holds must not reach a gradient, not even as 0 · NaN.
     used = inside & plan.live[sequence]
-    rows = Floats(
-        *(
-            jnp.where(used.reshape(-1, *(1,) * (array.ndim - 1)), array, 0)
-            if name in _PER_TOKEN and array is not None
-            else array
-            for name, array in zip(Floats._fields, floats, strict=True)
-        )
+    rows = floats._replace(
+        **{
+            name: jnp.where(used.reshape(-1, *(1,) * (array.ndim - 1)), array, 0)
+            for name in _PER_TOKEN
+            if (array := getattr(floats, name)) is not None
+        }
     )
     start = jnp.where(plan.live[:, None, None, None], floats.state[plan.source].astype(jnp.float32), 0.0)
 
@@ -154,7 +153,7 @@ def differentiable(static: Static, floats: Floats, integers: Integers) -> Result
         def scan_step(h, xs):
             fresh, sequence_t, row = xs
             h = jnp.where(fresh, start[sequence_t], h[0])[None]
-            out, h = _step(static, floats, h, _fill(floats, {name: array[None] for name, array in row.items()}))
+            out, h = _step(static, floats, h, floats._replace(**{k: v[None] for k, v in row.items()}))
             return h, (out[0], h[0])
 
         per_token = {name: array for name in _PER_TOKEN if (array := getattr(rows, name)) is not None}
@@ -166,15 +165,10 @@ def differentiable(static: Static, floats: Floats, integers: Integers) -> Result
 _PER_TOKEN = ("x", "dt", "B", "C", "z")
 
 
-def _fill(floats: Floats, row: dict[str, jax.Array]) -> Floats:
-    """`floats` with the arguments of one token in place of those of all."""
-    return floats._replace(**row)
-
-
 def _rows(floats: Floats, at: jax.Array) -> Floats:
     """The rows of the tokens `at`."""
     rows = {name: array[at] for name in _PER_TOKEN if (array := getattr(floats, name)) is not None}
-    return _fill(floats, rows)
+    return floats._replace(**rows)
 
 
 def _step(static: Static, weights: Floats, h: jax.Array, rows: Floats) -> Result:

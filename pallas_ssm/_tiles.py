@@ -6,6 +6,7 @@ A row stays within one warp, so that a sum along it is a few shuffles and never 
 from dataclasses import dataclass
 from functools import cached_property
 from math import gcd
+from typing import Any
 
 from jax.experimental.mosaic.gpu import fragmented_array
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -39,7 +40,7 @@ class TileLayout:
         return (_LANES // (self.lanes * self.lane_rows)) * (_WARPS // self.warps)
 
     @cached_property
-    def tile(self) -> plgpu.Layout:
+    def tile(self) -> Any:
         """The layout of a tile; `.reduce(1)` is that of its rows, `.reduce(0)` that of its columns."""
         tiling = plgpu.Tiling(((self.rows, self.columns), (self.lane_rows, self.columns), (1, self.vector)))
         spare_lanes, spare_warps = _LANES // (self.lanes * self.lane_rows), _WARPS // self.warps

@@ -10,6 +10,7 @@ its own for each architecture, because XLA's compiler keeps the first one it see
 import argparse
 import contextlib
 import json
+import math
 import os
 import re
 import sys
@@ -78,8 +79,8 @@ class Compiler:
         self._device = topology.devices[0]
         self._sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
 
-    def compile(self, arrays: Mapping[str, tuple[tuple[int, ...], str]], function) -> Any:
-        """`function(state, others)`, the state donated."""
+    def compile(self, arrays: Mapping[str, tuple[tuple[int, ...], str]], function, donate: bool) -> Any:
+        """`function(state, others)`."""
         import jax
 
         for file in self._dump.iterdir():
@@ -90,7 +91,9 @@ class Compiler:
         }
         # The lowering, and our choice of a launch, take the default device's architecture.
         with jax.default_device(self._device):
-            return jax.jit(function, donate_argnums=0).lower(abstract.pop("state"), abstract).compile()
+            return (
+                jax.jit(function, donate_argnums=0 if donate else ()).lower(abstract.pop("state"), abstract).compile()
+            )
 
     def resources(self) -> dict[str, int]:
         """What ptxas says of the last compile's kernel."""
@@ -129,7 +132,7 @@ def compile_row(compiler: Compiler, row: Mapping[str, Any]) -> dict[str, Any]:
     knobs = {name: row[name] for name in KNOBS if name in row}
     pin = pallas_ssm.override("selective_state_update", twin="pallas", **knobs) if knobs else contextlib.nullcontext()
     with pin:
-        compiled = compiler.compile(arrays, call)
+        compiled = compiler.compile(arrays, call, donate=row.get("donate", True))
     assert launch is not None
     shape, dtype = arrays["state"]
     state = re.escape(f"{_SHORT[dtype]}[{','.join(map(str, shape))}]")
@@ -137,6 +140,7 @@ def compile_row(compiler: Compiler, row: Mapping[str, Any]) -> dict[str, Any]:
         **row,
         "launched": {name: getattr(launch, name) for name in KNOBS},
         **compiler.resources(),
+        "state_bytes": math.prod(shape) * (4 if dtype == "float32" else 2),
         "alias_bytes": compiled.memory_analysis().alias_size_in_bytes,
         "state_copies": len(re.findall(rf"= {state}\S* copy(?:-start)?\(", compiled.as_text())),
     }

@@ -1,5 +1,6 @@
 """The result file, the figures drawn from it, the peers, and the command line."""
 
+import dataclasses
 import json
 import re
 
@@ -8,10 +9,12 @@ import torch
 
 from benchmarks import __main__ as command
 from benchmarks import peers, plot, results, run_command
+from benchmarks.machine import Machine
 from benchmarks.ops import OPS
 from benchmarks.results import CEILING, Row
 from benchmarks.timing import Sample
 from benchmarks.tune_command import jobs_of
+from ssm_configs import Device
 
 from .cases import select
 
@@ -103,7 +106,8 @@ def test_quoted_rows_stand_in_for_missing_peers_only(tmp_path):
         shape | {"peer": "vllm", "B": 64, "dtype": "torch.float32", "ms": 0.147, "graph_ms": 0.144},
     ]
     figures.write_text("\n".join(json.dumps(line) for line in lines) + "\n")
-    (row,) = results.quoted(OP, [OP.case(1024, STATICS, "float32")], figures, ["vllm"])
+    other = OP.case(1024, {"headdim": 80, "dstate": 128}, "float32")  # not what the figures were taken at
+    (row,) = results.quoted(OP, [OP.case(1024, STATICS, "float32"), other], figures, ["vllm"])
     assert (row.implementation, row.us, row.source) == ("peer:vllm", pytest.approx(15.47), "quoted")
     assert row.us_p20 is None and row.error is None
 
@@ -148,9 +152,11 @@ class FakeClock:
         return [Sample(10.0 + i, 9.0, 20.0, ("kernel",)) for i, _ in enumerate(calls)]
 
 
-def test_a_wrong_implementation_is_not_timed():
-    from ssm_configs import Device
+def machine():
+    return Machine(torch.device("cpu"), Device("NVIDIA H200", (9, 0)), FakeClock())
 
+
+def test_a_wrong_implementation_is_not_timed():
     from .test_benchmarks_tune import Definition
 
     class Named(Definition):
@@ -159,9 +165,7 @@ def test_a_wrong_implementation_is_not_timed():
             self.name = name
 
         def bind(self, op, operands, compiled, knobs):
-            from dataclasses import replace
-
-            return replace(super().bind(op, operands, compiled, knobs), label=self.name)
+            return dataclasses.replace(super().bind(op, operands, compiled, knobs), label=self.name)
 
     def spoil(size, knobs, results):
         results["state"][0] = 0
@@ -169,12 +173,38 @@ def test_a_wrong_implementation_is_not_timed():
     cases = [OP.case(16, {"headdim": 8, "dstate": 16}, "float32")]
     implementations = {"triton": Named("triton"), "peer:wrong": Named("peer:wrong", spoil=spoil)}
     made, failures = [], []
-    run_command.measure(
-        OP, cases, implementations, FakeClock(), torch.device("cpu"), Device("NVIDIA H200", (9, 0)), made, failures
-    )
+    run_command.measure(OP, cases, implementations, machine(), made, failures)
     assert [row.implementation for row in made] == ["triton"]
     assert made[0].us == 10.0 and made[0].error < 2e-3 and made[0].config["source"] == "heuristic"
     assert len(failures) == 1 and failures[0].startswith("peer:wrong: E=16") and "state: relative error" in failures[0]
+
+
+def test_run_from_end_to_end(tmp_path, monkeypatch, capsys, interpret):
+    if not interpret:
+        pytest.skip("runs the interpreters")
+    monkeypatch.setattr(run_command, "COPY_SIZES", (1 << 12,))
+    monkeypatch.setattr(run_command, "select", lambda **_: [])
+    monkeypatch.setattr(run_command, "host_us", lambda call: 1.0)  # a hundred calls in an interpreter take their time
+    op = dataclasses.replace(OP, run_statics={"headdim": 16, "dstate": 16})
+    chosen = ["--implementations", "triton", "xla", "peer:vllm", "--sizes", "8", "16", "--dtypes", "float16"]
+    arguments = command.parser().parse_args(["run", OP.name, "--out", str(tmp_path), *chosen])
+    assert run_command.run(op, arguments, machine()) == 0
+    assert "peer:vllm is missing: ModuleNotFoundError" in capsys.readouterr().out
+    head, made = results.read(tmp_path / f"{OP.name}.json")
+    assert head["device"] == "NVIDIA_H200" and {"torch", "triton", "jax", "driver"} <= head["versions"].keys()
+    assert [(row.case, row.implementation) for row in made] == [
+        ("copy 0 MiB", CEILING), ("E=16", "triton"), ("E=16", "xla"), ("E=8", "triton"), ("E=8", "xla"),
+    ]  # fmt: skip
+    assert all(row.error is not None and row.error < 3e-3 for row in made[1:])
+    assert all(row.host_us and row.floor_us for row in made[1:])
+    assert {path.suffix for path in tmp_path.iterdir()} == {".json", ".png", ".html"}
+
+
+def test_without_a_gpu_nothing_is_measured(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for verb in ("run", "tune"):
+        with pytest.raises(SystemExit, match="no CUDA device"):
+            command.main([verb, OP.name])
 
 
 def test_the_sweep_and_the_models_shapes():
@@ -204,6 +234,7 @@ def test_help(arguments, capsys):
         (["tune", OP.name, "--twin", "third"], "invalid choice: 'third'"),
         (["tune", OP.name, "--cache-dtype", "bfloat16"], "invalid choice: 'bfloat16'"),
         (["tune", OP.name, "--headdim", "wide"], "invalid int value: 'wide'"),
+        (["tune", OP.name, "--clock", "events"], "cannot time JAX: add --twin triton"),
         (["tune", OP.name, "--sizes", "200"], "multiple of 128, got 200"),
         (["run", OP.name, "--sizes", "200"], "multiple of 128, got 200"),
         (["run", OP.name, "--dtypes", "float8"], "invalid choice: 'float8'"),

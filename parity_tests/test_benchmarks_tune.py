@@ -6,15 +6,17 @@ import json
 import pytest
 import torch
 
+from benchmarks import __main__ as command
 from benchmarks import tables, tune_command, winners
 from benchmarks.implementations import TorchOperands
 from benchmarks.lab import Lab
+from benchmarks.machine import Machine
 from benchmarks.op import Storage
 from benchmarks.ops import OPS
 from benchmarks.timing import Call, Sample
 from benchmarks.tune import Job, TuningError, is_complete, tune
 from benchmarks.tuning_log import TuningLog, config_of
-from ssm_configs import Device, read_table
+from ssm_configs import Device, lookup, read_table
 
 CPU = torch.device("cpu")
 H200 = Device("NVIDIA H200", (9, 0))
@@ -83,7 +85,7 @@ class FakeClock:
 
 
 def lab(clock, **definition):
-    return Lab(OP, Definition(**definition), clock, CPU, Storage(CPU))
+    return Lab(OP, Definition(**definition), clock, Storage(CPU))
 
 
 def log(tmp_path, twin="triton", identity=IDENTITY):
@@ -299,3 +301,30 @@ def test_sizes_outside_this_run_stay(tmp_path, monkeypatch):
     table = read_table(path, OP.spec, STATICS)
     assert [entry.size for entry in table.entries] == list(SIZES)
     assert [entry.shared["BLOCK_SIZE_M"] for entry in table.entries] == [4, 16, 4, 4]
+
+
+def test_tune_from_end_to_end(tmp_path, monkeypatch, capsys, interpret):
+    """The command on our real Triton twin; everything but clock and device is what a GPU would run."""
+    if not interpret:
+        pytest.skip("runs the interpreters")
+
+    class CountingClock(FakeClock):
+        def cold_us(self, calls, repeats):
+            for call in calls:
+                call.issue()
+            return [Sample(float(10 + i), 9.0, 20.0, ("kernel",)) for i, _ in enumerate(calls)]
+
+    machine = Machine(CPU, H200, CountingClock(None))
+    arguments = command.parser().parse_args(
+        ["tune", OP.name, "--headdim", "16", "--dstate", "16", "--cache-dtype", "float16", "--twin", "triton", "--sizes",
+         "8", "16", "--tables", str(tmp_path / "tables"), "--log", str(tmp_path / "log")]
+    )  # fmt: skip
+    assert tune_command.run(OP, arguments, machine) == 0
+    assert "1 jobs on NVIDIA H200, about" in capsys.readouterr().out
+    (path,) = (tmp_path / "tables" / OP.name).iterdir()
+    table = read_table(path, OP.spec, STATICS)
+    assert [entry.size for entry in table.entries] == [8, 16]
+    assert table.entries[0].shared == CANDIDATES["triton"][0]
+    monkeypatch.setenv("SSM_TUNED_CONFIG_FOLDER", str(tmp_path / "tables"))
+    found = lookup(OP.name, twin="triton", device=H200, dtype="bfloat16", size=9, **STATICS)
+    assert (found.source, found.key, found.knobs) == ("SSM_TUNED_CONFIG_FOLDER", 8, CANDIDATES["triton"][0])

@@ -121,15 +121,17 @@ def _candidates(twin: str, statics: Mapping[str, int], dtype: str) -> list[Knobs
             for warps in (1, 2, 4, 8)
             if rows <= 1 << (P - 1).bit_length() and 1 <= rows * columns / (32 * warps) <= 256
         ]
-    # A block is one warpgroup, whose 128 threads take 16 bytes at a time. By TMA its tiles lie in shared memory, and
-    # should leave room for blocks beside it; without, they lie in registers, where one large tile is as good as several.
+    # A block is one warpgroup: its 4 warps take equal rows, its 128 threads 16 bytes at a time. By TMA its tiles lie in
+    # shared memory, and should leave room for blocks beside it; they are a part of a head's or all of some heads'. Without
+    # TMA they lie in registers, where one large tile is as good as several.
     row_bytes = N * getattr(torch, dtype).itemsize
     return [
         {"BLOCK_SIZE_M": rows, "tiles_per_block": tiles, "use_tma": use_tma}
-        for rows in range(4, P + 1)
+        for rows in range(4, P + 1, 4)
         for use_tma in (True, False)
         for tiles in (1, 2, 4, 8)
         if P % rows == 0
+        and (P // rows % tiles == 0 or tiles % (P // rows) == 0)
         and rows * row_bytes >= 128 * 16
         and (rows * tiles * row_bytes <= 48 * 1024 if use_tma else tiles == 1 and rows * N / 128 <= 64)
     ]
