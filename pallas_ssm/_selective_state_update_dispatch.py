@@ -46,7 +46,6 @@ class Choice:
     target: Target
     launch: Launch | None = None
     """How the kernel is launched; None for XLA."""
-    config: ssm_configs.Config | None = None
 
 
 def prepare(
@@ -72,6 +71,8 @@ def prepare(
         if name not in arrays:
             raise TypeError(f"{name}: expected an array, got None")
     dims = _arguments.checked(contract.check, arrays, null_slot, rounding_seed is not None)
+    if dims.S == 0:
+        raise ValueError("state: expected at least one slot, got S=0")
     _arguments.check_seed(rounding_seed, kinds)
     _arguments.check_slot_values(arrays, dims)
     return Prepared(Static(dims, dt_softplus, null_slot), arrays, rounding_seed)
@@ -104,4 +105,4 @@ def choose(prepared: Prepared, implementation: str | None) -> Choice:
             raise
         return Choice("xla", str(error).removeprefix(f"{OP}: "), where)
     reason = "asked for" if implementation else f"the kernel takes this call on {device.name}"
-    return Choice("mosaic_gpu", reason, where, launch, config)
+    return Choice("mosaic_gpu", reason, where, launch)

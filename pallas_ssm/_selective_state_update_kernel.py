@@ -6,7 +6,6 @@ else while they are on their way, and leaves the stores in flight when it moves 
 and rows, the last fastest, so that neighbours stream through consecutive memory of one slot.
 """
 
-from collections.abc import Callable
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -20,6 +19,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from ._numerics import exp, silu, softplus
 from ._selective_state_update_call import Floats, Integers, Static
 from ._selective_state_update_launch import Launch
+from ._selective_state_update_tiles import DirectTiles, StagedTiles, load
 from ._stochastic_rounding import block_width, counter, random_bits, stochastic_round
 
 _NAMES = (*Floats._fields[1:], *Integers._fields)
@@ -44,9 +44,10 @@ def run(static: Static, launch: Launch, floats: Floats, integers: Integers) -> t
         grid_names=("block",),
         kernel_name="selective_state_update",
         compiler_params=plgpu.CompilerParams(
-            # A thread reads and writes only its own elements of a tile, in memory as in shared memory, and a tile of
-            # shared memory is filled once: there is nothing for a barrier before and after each store to order.
-            unsafe_no_auto_barriers=True,
+            # A barrier before and after each store has nothing to order where every element belongs to one thread, which
+            # reads it before it writes it, and a tile of shared memory is filled once. Where a small tile is held more
+            # than once, one thread's store must not come before another's load.
+            unsafe_no_auto_barriers=launch.layout.copies == 1,
             # Rows are summed within a warp.
             reduction_scratch_bytes=0,
         ),
@@ -94,12 +95,12 @@ class _Block:
             self.update(n, source, target, always=True)
             return
         padding = self.static.is_padding(source)
-        known = (source < S) if self.refs.target is None else (source < S) & (target < S)
-        live = jnp.logical_not(padding) & known
+        same = self.refs.target is None and self.refs.accepted is None
+        live = jnp.logical_not(padding) & (source < S if same else (source < S) & (target < S))
 
         @pl.when(live)
         def _():
-            self.update(n, source, target, always=self.refs.target is None and self.refs.accepted is None)
+            self.update(n, source, target, always=same)
 
         @pl.when(jnp.logical_not(live))
         def _():
@@ -118,43 +119,22 @@ class _Block:
 
     def update(self, t: jax.Array, source: jax.Array, target: jax.Array, always: bool) -> None:
         """Token t of a live sequence. `always`: the target is known to be a slot that keeps the state."""
-        launch = self.launch
-        if launch.use_tma:
-            for i, (h, rows) in enumerate(self.all_tiles):
-                plgpu.copy_gmem_to_smem(self.state_at(source, h, rows), self.tiles.at[i], self.barriers.at[i])
-            states = [[None] * (launch.BLOCK_SIZE_M // launch.chunk)] * len(self.all_tiles)
-        else:
-            states = [
-                [self.load(self.state_at(source, h, at, launch.chunk), self.tile) for at in self.chunks(rows)]
-                for h, rows in self.all_tiles
-            ]
+        states = self.states(source, target, always)
         B, C = self.load_BC(t)
         i = 0
         for h in self.heads:
             weights = self.load_head(t, h)
             for rows in self.rows:
-                inputs = [self.load_rows(t, h, at) for at in self.chunks(rows)]
-                if launch.use_tma:
-                    plgpu.barrier_wait(self.barriers.at[i])
-                for j, at in enumerate(self.chunks(rows)):
-                    s = states[i][j]
-                    if launch.use_tma:
-                        s = self.load(self.tiles.at[i, pl.ds(j * launch.chunk, launch.chunk)], self.tile)
-                    s, y = self.step(s, h, at, B, C, weights, inputs[j])
-                    self.refs.y[t, h, pl.ds(at, launch.chunk)] = y
-                    s = self.rounded(s, target, h, at)
-                    if launch.use_tma:
-                        self.tiles[i, pl.ds(j * launch.chunk, launch.chunk)] = s
-                    else:
-                        self.when_kept(target, always, partial(self.store, s, target, h, at))
-                if launch.use_tma:
-                    plgpu.commit_smem()
-                    copy = partial(plgpu.copy_smem_to_gmem, self.tiles.at[i], self.state_at(target, h, rows))
-                    self.when_kept(target, always, copy)
+                chunks = [rows + j for j in range(0, self.launch.BLOCK_SIZE_M, self.launch.chunk)]
+                inputs = [self.load_rows(t, h, at) for at in chunks]
+                states.wait(i)
+                for j, at in enumerate(chunks):
+                    s, y = self.step(states.read(i, j), h, at, B, C, weights, inputs[j])
+                    self.refs.y[t, h, pl.ds(at, self.launch.chunk)] = y
+                    states.write(i, j, self.rounded(s, target, h, at))
+                states.send(i)
                 i += 1
-        if launch.use_tma:
-            # Shared memory may be given to the next block only when the copies have read it.
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        states.drain()
 
     # Packed sequences.
 
@@ -203,12 +183,8 @@ class _Block:
         """A live sequence: its one tile stays in registers from its first token to its last."""
         launch, refs, T_max = self.launch, self.refs, self.dims.T_max
         ((h, rows),) = self.all_tiles
-        if launch.use_tma:
-            plgpu.copy_gmem_to_smem(self.state_at(source, h, rows), self.tiles.at[0], self.barriers.at[0])
-            plgpu.barrier_wait(self.barriers.at[0])
-            s = self.load(self.tiles.at[0], self.tile)
-        else:
-            s = self.load(self.state_at(source, h, rows), self.tile)
+        states = self.states(source, target, always=refs.target is None)
+        states.wait(0)
 
         def token(t: jax.Array, s: jax.Array) -> jax.Array:
             B, C = self.load_BC(t)
@@ -225,23 +201,15 @@ class _Block:
 
             @pl.when(self.keeps(to))
             def _():
-                self.store(self.rounded(s, to, h, rows), to, h, rows)
+                refs.state[to, h, pl.ds(rows, launch.BLOCK_SIZE_M)] = self.rounded(s, to, h, rows)
 
             return s
 
-        s = lax.fori_loop(begin, end, token, s.astype(jnp.float32))
-        if refs.accepted is not None:
-            return
-        s = self.rounded(s, target, h, rows)
-        always = refs.target is None
-        if launch.use_tma:
-            self.tiles[0] = s
-            plgpu.commit_smem()
-            copy = partial(plgpu.copy_smem_to_gmem, self.tiles.at[0], self.state_at(target, h, rows))
-            self.when_kept(target, always, copy)
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        else:
-            self.when_kept(target, always, partial(self.store, s, target, h, rows))
+        s = lax.fori_loop(begin, end, token, states.read(0, 0).astype(jnp.float32))
+        if refs.accepted is None:
+            states.write(0, 0, self.rounded(s, target, h, rows))
+            states.send(0)
+            states.drain()
 
     # The recurrence.
 
@@ -254,7 +222,7 @@ class _Block:
         if row_step is not None:
             step = row_step
         if not dims.tied_A:
-            A = self.load(refs.A.at[h, pl.ds(rows, count)], self.tile).astype(jnp.float32)
+            A = self.load(refs.A.at[h, pl.ds(rows, count)], self.tile)
         if row_step is None or not dims.tied_A:
             decay = exp(A * self.spread(step, count))
         else:
@@ -278,15 +246,14 @@ class _Block:
     def over_rows(self, columns: jax.Array, count: int) -> jax.Array:
         return lax.broadcast_in_dim(columns, (count, *columns.shape), (1,))
 
-    # Loads, all to fp32 except the state's.
+    # Loads, all to fp32.
 
     def load(self, ref: Any, layout: Any) -> jax.Array:
-        # optimized=False: a plain vector load of what each thread owns, no staging to make it wider.
-        return plgpu.load(ref, layout=layout, optimized=False)
+        return load(ref, layout).astype(jnp.float32)
 
     def load_BC(self, t: jax.Array) -> tuple[jax.Array, jax.Array]:
         B, C = (self.load(ref.at[t, self.group], self.column) for ref in (self.refs.B, self.refs.C))
-        return B.astype(jnp.float32), C.astype(jnp.float32)
+        return B, C
 
     def load_head(self, t: jax.Array, h: jax.Array) -> tuple[jax.Array | None, ...]:
         """(step, A, D) of a head where they are one number each; the step with its bias and softplus."""
@@ -309,46 +276,40 @@ class _Block:
         dims, refs = self.dims, self.refs
         at = pl.ds(rows, self.launch.chunk)
 
-        def load(ref: Any) -> jax.Array:
-            return self.load(ref, self.row).astype(jnp.float32)
+        def load_row(ref: Any) -> jax.Array:
+            return self.load(ref, self.row)
 
-        x = load(refs.x.at[t, h, at])
-        z = None if refs.z is None else load(refs.z.at[t, h, at])
+        x = load_row(refs.x.at[t, h, at])
+        z = None if refs.z is None else load_row(refs.z.at[t, h, at])
         step = D = None
         if not (dims.tied_dt and dims.tied_dt_bias):
             if dims.tied_dt:
                 step = lax.broadcast_in_dim(refs.dt[t, h].astype(jnp.float32), x.shape, ())
             else:
-                step = load(refs.dt.at[t, h, at])
+                step = load_row(refs.dt.at[t, h, at])
             if refs.dt_bias is not None:
                 step = step + (
-                    refs.dt_bias[h].astype(jnp.float32) if dims.tied_dt_bias else load(refs.dt_bias.at[h, at])
+                    refs.dt_bias[h].astype(jnp.float32) if dims.tied_dt_bias else load_row(refs.dt_bias.at[h, at])
                 )
             if self.static.dt_softplus:
                 step = softplus(step)
         if refs.D is not None and not dims.tied_D:
-            D = load(refs.D.at[h, at])
+            D = load_row(refs.D.at[h, at])
         return x, z, step, D
 
     # Stores.
 
-    def chunks(self, rows: jax.Array) -> list[jax.Array]:
-        return [rows + i for i in range(0, self.launch.BLOCK_SIZE_M, self.launch.chunk)]
-
-    def state_at(self, slot: jax.Array, h: jax.Array, rows: jax.Array, count: int | None = None) -> Any:
-        return self.refs.state.at[slot, h, pl.ds(rows, count or self.launch.BLOCK_SIZE_M)]
-
-    def store(self, s: jax.Array, slot: jax.Array, h: jax.Array, rows: jax.Array) -> None:
-        self.refs.state[slot, h, pl.ds(rows, s.shape[0])] = s
+    def states(self, source: jax.Array, target: jax.Array, always: bool) -> StagedTiles | DirectTiles:
+        """This block's tiles of the state, on their way from `source`."""
+        read = [self.refs.state.at[source, h, pl.ds(rows, self.launch.BLOCK_SIZE_M)] for h, rows in self.all_tiles]
+        write = [self.refs.state.at[target, h, pl.ds(rows, self.launch.BLOCK_SIZE_M)] for h, rows in self.all_tiles]
+        keep = None if always else self.keeps(target)
+        if self.launch.use_tma:
+            return StagedTiles(self.launch, read, write, keep, self.tiles, self.barriers)
+        return DirectTiles(self.launch, read, write, keep)
 
     def keeps(self, slot: jax.Array) -> jax.Array:
         return jnp.logical_not(self.static.is_padding(slot)) & (slot < self.dims.S)
-
-    def when_kept(self, slot: jax.Array, always: bool, action: Callable[[], None]) -> None:
-        if always:
-            action()
-        else:
-            pl.when(self.keeps(slot))(action)
 
     def rounded(self, s: jax.Array, slot: jax.Array, h: jax.Array, rows: jax.Array) -> jax.Array:
         """The state as it is stored; the random bits are those of the slot that it goes to."""

@@ -81,8 +81,9 @@ def plan_launch(dims: Dims, state_dtype: Any, knobs: Mapping[str, Any], *, packe
 
     BLOCK_SIZE_M grows to the next divisor of P whose tile gives every thread whole vectors (at least 8 bytes of them
     with stochastic rounding), and shrinks where a tile has to stay in registers: without TMA, and between the tokens of
-    packed sequences. use_tma needs rows of 16 to 256·N bytes. tiles_per_block shrinks to what fits shared memory (or
-    registers) and divides the tiles of a head or the heads of a group: the block then loads B and C once.
+    packed sequences, whose blocks have one tile each. use_tma needs rows of whole 16 bytes and at most 256 elements.
+    tiles_per_block shrinks to what fits shared memory (or registers), and to a part of a head's tiles or all tiles of
+    some heads of a group, so that a block loads B and C once.
     """
     itemsize = jnp.dtype(state_dtype).itemsize
     P, N = dims.P, dims.N

@@ -132,7 +132,79 @@ def _large_cases() -> Iterator[Case]:
     yield _odd("more than 65,535 rows", "bfloat16", "float32", ("large",), tall, **full)
 
 
-CASES: tuple[Case, ...] = (*_decode_cases(), *_odd_cases(), *_large_cases())
+# Channels of the convolution: the model's x, B and C (q, k and v for the gated delta rule) side by side.
+CONV_CHANNELS = {
+    "Nemotron-H-8B/TP8": 1280,
+    "Mamba2-2.7B/TP2": 2816,
+    "Granite-4-tiny": 3328,
+    "Mamba2-2.7B": 5376,
+    "Nemotron-3-Nano-30B": 6144,
+    "Qwen3-Next": 8192,
+    "Granite-4-small": 8448,
+    "Nemotron-H-8B": 10240,
+    "Qwen3.5-397B": 12288,
+    "Nemotron-H-56B": 20480,
+}
+
+
+def _conv(name: str, T: int, D: int, tags: tuple[str, ...], dtype: str = "bfloat16", B: int = 1, W: int = 4, **options):
+    options = {"bias": True, "activation": "silu"} | options
+    return Case("causal_conv1d", name, {"B": B, "T": T, "D": D, "W": W}, dtype, dtype, options, frozenset(tags))
+
+
+def _conv_cases() -> Iterator[Case]:
+    for name, D in CONV_CHANNELS.items():
+        yield _conv(name, 2048, D, ("standard",), lengths=(700, 0, 1, 1347), pool=True)
+    yield _conv("Nemotron-H-8B, four sequences", 8192, 10240, ("standard",), lengths=(2048,) * 4, pool=True)
+    odd = ("ci", "odd")
+    for W in (2, 3, 4, 5, 6):
+        yield _conv(f"width {W}, dense", 21, 64, odd, B=2, W=W, initial=True)
+        yield _conv(f"width {W}, packed", 24, 64, odd, "float32", W=W, lengths=(9, 0, 1, 12), tail=2, initial=True)
+    yield _conv("no bias, no activation, no state", 19, 64, odd, "float16", bias=False, activation=None)
+    yield _conv("pool, padding and null slot", 30, 128, odd, lengths=(8, 0, 3, 9, 10), pool=True, padding=True)
+    yield _conv("pool with spare rows", 17, 64, odd, "float32", lengths=(1, 16), pool=True, spare_rows=2)
+    yield _conv("split", 20, 256, odd, sizes=(128, 64, 64), lengths=(11, 9), initial=True)
+    yield _conv(
+        "split, chunk-aligned", 40, 256, odd, sizes=(128, 64, 64), chunk_size=16, lengths=(17, 0, 2, 16), tail=5
+    )
+    yield _conv("split, chunk-aligned, dense", 20, 192, odd, "float32", B=2, sizes=(64, 128), chunk_size=16)
+    yield _conv("split, chunk-aligned, pool", 40, 128, odd, sizes=(64, 64), chunk_size=16, lengths=(15, 20, 5), pool=True,
+                padding=True)  # fmt: skip
+    yield _conv("37 channels", 13, 37, ("ci", "odd", "no-mosaic"), "float32", lengths=(6, 7), initial=True)
+    yield _conv("more than 2^31 elements", 250_000, 10240, ("large",), lengths=(249_990, 10), pool=True)
+    yield _conv("more than 65,535 sequences", 70_000, 64, ("large",), lengths=(1,) * 70_000, pool=True)
+
+
+def _conv_update(name: str, B: int, D: int, tags: tuple[str, ...], dtype: str = "bfloat16", W: int = 4, **options):
+    dims = {"S": B + 3, "L": W - 1 + options.pop("spare_rows", 0), "B": B, "D": D, "W": W}
+    options = {"bias": True, "activation": "silu", "slots": True} | options
+    return Case("causal_conv1d_update", name, dims, dtype, dtype, options, frozenset(tags))
+
+
+def _conv_update_cases() -> Iterator[Case]:
+    for name, D in CONV_CHANNELS.items():
+        yield _conv_update(name, 64, D, ("standard",))
+    for batch in (1, 256, 1024):
+        yield _conv_update("Nemotron-H-8B", batch, 10240, ("standard",))
+    odd = ("ci", "odd")
+    for W in (2, 3, 4, 5, 6):
+        yield _conv_update(f"width {W}", 3, 64, odd, W=W)
+        yield _conv_update(f"width {W}, speculative", 4, 64, odd, W=W, spare_rows=3, lengths=(4, 1, 0, 2), spec=True)
+    yield _conv_update(
+        "no slots, no bias, no activation", 4, 128, odd, "float32", slots=False, bias=False, activation=None
+    )
+    yield _conv_update("padding and null slot", 5, 128, odd, "float16", padding=True)
+    yield _conv_update("packed, zero lengths, tail", 4, 64, odd, "float32", lengths=(2, 0, 5, 1), tail=2)
+    yield _conv_update("speculative, padding, short pool", 4, 64, odd, spare_rows=1, lengths=(3, 2, 4, 1), spec=True,
+                       padding=True)  # fmt: skip
+    yield _conv_update("speculative, one token each", 4, 64, odd, spare_rows=2, spec=True)
+    yield _conv_update("37 channels", 3, 37, ("ci", "odd", "no-mosaic"), "float32")
+    yield _conv_update("more than 65,535 rows", 70_000, 64, ("large",))
+
+
+CASES: tuple[Case, ...] = (
+    *_decode_cases(), *_odd_cases(), *_large_cases(), *_conv_cases(), *_conv_update_cases()
+)  # fmt: skip
 
 
 def select(*, op: str | None = None, tags: tuple[str, ...] = ()) -> list[Case]:

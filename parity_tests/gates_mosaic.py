@@ -117,29 +117,30 @@ class Compiler:
 
 
 def compile_row(compiler: Compiler, row: Mapping[str, Any]) -> dict[str, Any]:
+    """`row` with what its program uses; no registers and the like where it asks for the XLA form."""
     import pallas_ssm
 
     arrays, keywords = shapes(row)
+    keywords["implementation"] = row.get("implementation", "mosaic_gpu")
     launch = None
 
     def call(state, others):
         nonlocal launch
-        launch = pallas_ssm.explain(
-            "selective_state_update", state, **others, **keywords, implementation="mosaic_gpu"
-        ).launch
-        return pallas_ssm.selective_state_update(state, **others, **keywords, implementation="mosaic_gpu")
+        launch = pallas_ssm.explain("selective_state_update", state, **others, **keywords).launch
+        return pallas_ssm.selective_state_update(state, **others, **keywords)
 
     knobs = {name: row[name] for name in KNOBS if name in row}
     pin = pallas_ssm.override("selective_state_update", twin="pallas", **knobs) if knobs else contextlib.nullcontext()
     with pin:
         compiled = compiler.compile(arrays, call, donate=row.get("donate", True))
-    assert launch is not None
+    used = {}
+    if launch is not None:
+        used = {"launched": {name: getattr(launch, name) for name in KNOBS}, **compiler.resources()}
     shape, dtype = arrays["state"]
     state = re.escape(f"{_SHORT[dtype]}[{','.join(map(str, shape))}]")
     return {
         **row,
-        "launched": {name: getattr(launch, name) for name in KNOBS},
-        **compiler.resources(),
+        **used,
         "state_bytes": math.prod(shape) * (4 if dtype == "float32" else 2),
         "alias_bytes": compiled.memory_analysis().alias_size_in_bytes,
         "state_copies": len(re.findall(rf"= {state}\S* copy(?:-start)?\(", compiled.as_text())),

@@ -1,6 +1,7 @@
 """Random arguments for a case, drawn as the models initialise their parameters. Never zeros, always seeded."""
 
 import zlib
+from collections.abc import Sequence
 from typing import Any
 
 import ml_dtypes
@@ -100,4 +101,79 @@ def _slots(case: Case, rng: np.random.Generator, n_seq: int, S: int, spec: int |
     return keywords
 
 
-_DRAW = {"selective_state_update": _selective_state_update}
+def _bounds(lengths: Sequence[int]) -> np.ndarray:
+    return np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+
+
+def _conv_weight(case: Case, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray | None]:
+    """weight and bias as torch's Conv1d initialises them: uniform within 1/sqrt(W)."""
+    D, W = case.dims["D"], case.dims["W"]
+    bound = W**-0.5
+    weight = rng.uniform(-bound, bound, (D, W)).astype(DTYPES[case.dtype])
+    bias = rng.uniform(-bound, bound, D).astype(DTYPES[case.dtype]) if case.options["bias"] else None
+    return weight, bias
+
+
+def _pool_slots(rng: np.random.Generator, S: int, n_seq: int, padding: bool) -> tuple[np.ndarray, int | None]:
+    null = 1 if padding else None
+    slots = rng.permutation(np.setdiff1d(np.arange(S), [] if null is None else [null]))[:n_seq].astype(np.int32)
+    if null is not None:
+        slots[0] = -1
+        slots[-1] = null
+    return slots, null
+
+
+def _causal_conv1d(case: Case, rng: np.random.Generator) -> tuple[tuple[np.ndarray, ...], dict[str, Any]]:
+    B, T, D, W = (case.dims[key] for key in ("B", "T", "D", "W"))
+    dtype, options = DTYPES[case.dtype], case.options
+
+    def normal(*shape):
+        return rng.standard_normal(shape, dtype=np.float32).astype(dtype)
+
+    weight, bias = _conv_weight(case, rng)
+    lengths = options.get("lengths")
+    if lengths is not None and sum(lengths) + options.get("tail", 0) != T:
+        raise ValueError(f"{case}: the lengths and the tail add up to {sum(lengths) + options.get('tail', 0)}")
+    n_seq = B if lengths is None else len(lengths)
+    keywords: dict[str, Any] = {"bias": bias, "activation": options["activation"]}
+    if lengths is not None:
+        keywords["cu_seqlens"] = _bounds(lengths)
+    if options.get("initial"):
+        keywords["initial_state"] = normal(n_seq, W - 1, D)
+    if options.get("pool"):
+        S = n_seq + 3
+        keywords["conv_state"] = normal(S, W - 1 + options.get("spare_rows", 0), D)
+        keywords["state_indices"], keywords["null_slot"] = _pool_slots(rng, S, n_seq, bool(options.get("padding")))
+        keywords["has_initial_state"] = np.arange(n_seq) % 3 != 1
+    for name in ("sizes", "chunk_size"):
+        if name in options:
+            keywords[name] = options[name]
+    return (normal(B, T, D), weight), {k: v for k, v in keywords.items() if v is not None}
+
+
+def _causal_conv1d_update(case: Case, rng: np.random.Generator) -> tuple[tuple[np.ndarray, ...], dict[str, Any]]:
+    S, L, B, D = (case.dims[key] for key in ("S", "L", "B", "D"))
+    dtype, options = DTYPES[case.dtype], case.options
+
+    def normal(*shape):
+        return rng.standard_normal(shape, dtype=np.float32).astype(dtype)
+
+    weight, bias = _conv_weight(case, rng)
+    lengths = options.get("lengths")
+    T = B if lengths is None else sum(lengths) + options.get("tail", 0)
+    keywords: dict[str, Any] = {"bias": bias, "activation": options["activation"]}
+    if options["slots"]:
+        padding = bool(options.get("padding"))
+        keywords["conv_state_indices"], keywords["null_slot"] = _pool_slots(rng, S, B, padding)
+    if lengths is not None:
+        keywords["cu_seqlens"] = _bounds(lengths)
+    if options.get("spec"):
+        keywords["num_accepted_tokens"] = np.resize([0, L + 2, 1, 2], B).astype(np.int32)
+    return (normal(T, D), normal(S, L, D), weight), {k: v for k, v in keywords.items() if v is not None}
+
+
+_DRAW = {
+    "selective_state_update": _selective_state_update,
+    "causal_conv1d": _causal_conv1d,
+    "causal_conv1d_update": _causal_conv1d_update,
+}

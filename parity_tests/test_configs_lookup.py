@@ -292,7 +292,7 @@ def test_explain_never_differs_from_lookup(tmp_path, monkeypatch, twin, device):
 @pytest.mark.parametrize(
     "change, error, message",
     [
-        ({"op": "softmax"}, ValueError, r"op: got 'softmax', expected one of \('selective_state_update',\)"),
+        ({"op": "softmax"}, ValueError, r"op: got 'softmax', expected one of \('selective_state_update', "),
         ({"op": ["softmax"]}, TypeError, r"op: expected a name as str, got \['softmax'\]"),
         ({"twin": "cuda"}, ValueError, r"twin: got 'cuda', expected one of \('triton', 'pallas'\)"),
         ({"device": "NVIDIA H200"}, TypeError, "device: expected ssm_configs.Device, got 'NVIDIA H200'"),

@@ -2,9 +2,11 @@
 
 import contextvars
 import functools
+import os
 import subprocess
 import sys
 import threading
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -55,7 +57,7 @@ def test_a_donated_state_is_not_copied_by_xla(form):
         return pallas_ssm.selective_state_update(state, *rest, **arrays, **others, implementation="xla")
 
     state = arguments[0]
-    compiled = function.lower(state, arguments[1:], arrays).compile()
+    compiled: Any = function.lower(state, arguments[1:], arrays).compile()
     name = {"float32": "f32", "bfloat16": "bf16"}[state.dtype.name]
     shape = f"{name}[{','.join(map(str, state.shape))}]"
     copies = [line for line in compiled.as_text().splitlines() if " copy(" in line and shape in line]
@@ -238,9 +240,14 @@ def test_layouts_round_trip():
     assert null_block == -1
 
 
+def run_python(code: str) -> None:
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment)
+
+
 def test_importing_needs_neither_torch_nor_triton_nor_a_kernel_traced():
     code = "import sys, pallas_ssm; assert not {'torch', 'triton', 'triton_ssm'} & set(sys.modules)"
-    subprocess.run([sys.executable, "-c", code], check=True)
+    run_python(code)
 
 
 def test_importing_inside_an_override_is_an_error():
@@ -254,7 +261,7 @@ with ssm_configs.override("selective_state_update", BLOCK_SIZE_M=4):
     else:
         raise AssertionError("imported")
 """
-    subprocess.run([sys.executable, "-c", code], check=True)
+    run_python(code)
 
 
 def test_pallas_reads_the_same_tables():

@@ -14,7 +14,7 @@ OP = "selective_state_update"
 STATE_DTYPES = {"float32": ("float32",), "float16": ("float16", "bfloat16")}
 # Shared memory that one block may have, by NVIDIA's programming guide.
 SHARED_LIMIT = {"sm_90a": 232_448, "sm_100a": 232_448, "sm_120a": 101_376}
-# The address of a barrier goes through local memory there, whatever the kernel; it is no spill.
+# ptxas keeps 8 bytes there for every kernel that waits for TMA, however few registers it has; they are no spill.
 STATED_STACK = {"sm_90a": 0, "sm_100a": 0, "sm_120a": 8}
 MAX_REGISTERS = 255
 
@@ -32,7 +32,9 @@ VARIANTS = [
     {"P": 16, "N": 32, "state_dtype": "bfloat16", "rounding": True},
     {"P": 80, "N": 96, "state_dtype": "bfloat16", "BLOCK_SIZE_M": 16, "use_tma": False},
     {"P": 80, "N": 128, "state_dtype": "float16", "BLOCK_SIZE_M": 80},
+    {"P": 80, "N": 64, "BLOCK_SIZE_M": 80, "use_tma": False},
     {"P": 48, "N": 16, "dtype": "float32"},
+    {"P": 16, "N": 16, "state_dtype": "float16", "rounding": True, "packed": True, "use_tma": False},
     {"P": 128, "N": 256, "BLOCK_SIZE_M": 64, "tiles_per_block": 2},
     {"P": 128, "N": 256, "BLOCK_SIZE_M": 64, "use_tma": False},
     {"S": 2100},  # more than 2^31 elements
@@ -73,7 +75,8 @@ def compile_rows(arch: str, rows: list[dict]) -> list[dict]:
     done = subprocess.run(
         [sys.executable, "-m", "parity_tests.gates_mosaic", "--arch", arch, "--rows", "-"],
         input=json.dumps(rows), capture_output=True, text=True,
-        env={name: value for name, value in os.environ.items() if name not in unwanted},
+        env={name: value for name, value in os.environ.items() if name not in unwanted}
+        | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
@@ -83,12 +86,14 @@ def check(arch: str, rows: list[dict]) -> list[dict]:
     results = compile_rows(arch, rows)
     assert len(results) == len(rows)
     for result in results:
+        assert result["state_copies"] == 0, f"copies of the state: {result}"
+        assert result["alias_bytes"] == result["state_bytes"], f"the state is not updated in place: {result}"
+        if result.get("implementation") == "xla":
+            continue
         assert result["spill_bytes"] == 0, f"spills: {result}"
         assert result["stack_bytes"] <= STATED_STACK[arch], f"local memory: {result}"
         assert 0 < result["registers"] <= MAX_REGISTERS, result
         assert result["shared_bytes"] <= SHARED_LIMIT[arch], f"too much shared memory: {result}"
-        assert result["state_copies"] == 0, f"copies of the state: {result}"
-        assert result["alias_bytes"] == result["state_bytes"], f"the state is not updated in place: {result}"
     return results
 
 
@@ -108,8 +113,14 @@ def test_every_row_and_option(arch: str):
     check(arch, [BASE | row for row in VARIANTS] + rows_by_architecture()[arch])
 
 
-def test_a_spill_and_a_copy_are_seen():
-    """The gate itself: a tile far too large for its threads, and a state that is not donated."""
+def test_xla_on_a_gpu_copies_no_donated_state():
+    row = {"P": 64, "N": 128, "state_dtype": "float32", "implementation": "xla"}
+    rounding = {"state_dtype": "float16", "rounding": True}
+    check("sm_90a", [row, row | {"packed": True}, row | {"packed": True, "speculative": True}, row | rounding])
+
+
+def test_a_copy_is_seen():
+    """The gate itself: a state that is not donated has to be copied."""
     row = {"P": 64, "N": 128, "state_dtype": "float32"}
     (kept,) = compile_rows("sm_90a", [row | {"donate": False}])
     assert kept["state_copies"] == 1 and kept["alias_bytes"] == 0

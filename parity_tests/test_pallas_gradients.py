@@ -134,7 +134,7 @@ def test_index_arguments_take_no_gradient():
 @pytest.mark.parametrize("form", ["one token", "packed"])
 def test_vmap(form):
     floats, others, _ = problem(FORMS[form])
-    arguments = [floats.pop(name) for name in ("state", "x", "dt", "A", "B", "C")]
+    arguments = [jnp.asarray(floats.pop(name)) for name in ("state", "x", "dt", "A", "B", "C")]
     batch = jnp.stack([arguments[1], 2 * arguments[1], -arguments[1]])
 
     def call(x, implementation):

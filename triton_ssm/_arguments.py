@@ -1,11 +1,9 @@
 """From torch tensors to what the contracts check and what the kernels take. Nothing here synchronises with a GPU."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-
-from ssm_configs.contracts.selective_state_update import Dims
 
 _NAMES = {
     torch.float32: "float32",
@@ -39,27 +37,28 @@ def check_tensors(tensors: Mapping[str, Any], op: str) -> None:
             )
 
 
-def checked(check: Callable[..., Dims], tensors: Mapping[str, Any], null_slot: Any, stochastic_rounding: bool) -> Dims:
+def checked[Dims](check: Callable[..., Dims], tensors: Mapping[str, Any], **options: Any) -> Dims:
     """`check` on the tensors' shapes and dtype names."""
     given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
     return check(
         {name: tuple(tensor.shape) for name, tensor in given.items()},
         {name: dtype_name(tensor.dtype) for name, tensor in given.items()},
-        null_slot=null_slot,
-        stochastic_rounding=stochastic_rounding,
+        **options,
     )
 
 
-def check_slot_values(tensors: Sequence[torch.Tensor | None], dims: Dims) -> None:
-    """What the index tensors hold, where looking costs no synchronisation: on the CPU."""
-    if tensors[0] is None or tensors[0].device.type != "cpu":
+def check_slots_on_host(name: str, slots: torch.Tensor | None, S: int) -> None:
+    """What an index tensor holds, where looking costs no synchronisation: on the CPU."""
+    if slots is not None and slots.device.type == "cpu" and slots.numel() and int(slots.max()) >= S:
+        raise ValueError(f"{name}: expected slots < S={S}, got {int(slots.max())}")
+
+
+def check_bounds_on_host(bounds: torch.Tensor | None, T: int) -> None:
+    """Likewise for cu_seqlens."""
+    if bounds is None or bounds.device.type != "cpu":
         return
-    *_, source, target, bounds, _ = tensors
-    for name, slots in (("state_batch_indices", source), ("dst_state_batch_indices", target)):
-        if slots is not None and slots.numel() and int(slots.max()) >= dims.S:
-            raise ValueError(f"{name}: expected slots < S={dims.S}, got {int(slots.max())}")
-    if bounds is not None and (bounds[0] != 0 or (bounds.diff() < 0).any() or bounds[-1] > dims.T):
-        raise ValueError(f"cu_seqlens: expected 0 <= … <= T={dims.T} without a descent, got {bounds.tolist()}")
+    if bounds[0] != 0 or (bounds.diff() < 0).any() or bounds[-1] > T:
+        raise ValueError(f"cu_seqlens: expected 0 <= … <= T={T} without a descent, got {bounds.tolist()}")
 
 
 def is_expanded(tensor: torch.Tensor | None, rank: int, axes: int) -> bool:
@@ -93,6 +92,30 @@ def row_stride(tensor: torch.Tensor | None) -> int:
         return 0
     # A single row has no stride to speak of, and an arbitrary one would key a compile of its own.
     return tensor.stride(0) if tensor.shape[0] > 1 else max(1, tensor.numel())
+
+
+def dense(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    return None if tensor is None else tensor.contiguous()
+
+
+def dense_rows(tensor: torch.Tensor) -> torch.Tensor:
+    """`tensor`, or a copy of it where its rows (all axes but the first) are not dense."""
+    return tensor if has_dense_rows(tensor) else tensor.contiguous()
+
+
+def check_dense_channels(name: str, state: torch.Tensor) -> None:
+    """A state that is updated in place cannot be copied and stay it."""
+    if state.shape[-1] > 1 and state.stride(-1) != 1:
+        raise ValueError(f"{name}: expected dense channels, got strides {state.stride()}")
+
+
+def state_strides(state: torch.Tensor | None) -> tuple[int, int]:
+    """Elements from slot to slot and from row to row of [S,L,D]."""
+    if state is None:
+        return 0, 0
+    S, L, D = state.shape
+    row = state.stride(1) if L > 1 else D
+    return state.stride(0) if S > 1 else L * row, row
 
 
 def output_like(x: torch.Tensor, out: Any) -> torch.Tensor:

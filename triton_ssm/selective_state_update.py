@@ -95,7 +95,9 @@ def selective_state_update(
     if plan is None:
         plan = _PLANS[key] = _make_plan(tensors, dt_softplus, null_slot, rounding_seed is not None)
     dims = plan.dims
-    _arguments.check_slot_values(tensors, dims)
+    _arguments.check_slots_on_host("state_batch_indices", state_batch_indices, dims.S)
+    _arguments.check_slots_on_host("dst_state_batch_indices", dst_state_batch_indices, dims.S)
+    _arguments.check_bounds_on_host(cu_seqlens, dims.T)
     y = _arguments.output_like(x, out)
     seed = _arguments.seed_tensor(rounding_seed, state.device)
     config = lookup(
@@ -166,7 +168,7 @@ def _make_plan(tensors: tuple, dt_softplus: bool, null_slot: int | None, stochas
         if _arguments.is_expanded(named[name], rank, axes):
             views[name] = _arguments.collapse(axes)
             named[name] = views[name](named[name])
-    dims = _arguments.checked(contract.check, named, null_slot, stochastic_rounding)
+    dims = _arguments.checked(contract.check, named, null_slot=null_slot, stochastic_rounding=stochastic_rounding)
     for name, tensor in named.items():
         by_row = name in ("x", "dt", "B", "C", "z")
         if name != "state" and not (_arguments.has_dense_rows(tensor) if by_row else _arguments.is_dense(tensor)):

@@ -1,3 +1,6 @@
 """The definitions: every operator as a plain NumPy float64 recurrence, written for reading and not for speed."""
 
+from .causal_conv1d import causal_conv1d as causal_conv1d
+from .causal_conv1d import causal_conv1d_split as causal_conv1d_split
+from .causal_conv1d import causal_conv1d_update as causal_conv1d_update
 from .selective_state_update import selective_state_update as selective_state_update

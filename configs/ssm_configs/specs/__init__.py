@@ -4,9 +4,13 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from ..spec import OpSpec
+from .causal_conv1d import CAUSAL_CONV1D
+from .causal_conv1d_update import CAUSAL_CONV1D_UPDATE
 from .selective_state_update import SELECTIVE_STATE_UPDATE
 
-SPECS: Mapping[str, OpSpec] = MappingProxyType({spec.name: spec for spec in (SELECTIVE_STATE_UPDATE,)})
+SPECS: Mapping[str, OpSpec] = MappingProxyType(
+    {spec.name: spec for spec in (SELECTIVE_STATE_UPDATE, CAUSAL_CONV1D, CAUSAL_CONV1D_UPDATE)}
+)
 
 
 def get_spec(op: str) -> OpSpec:

@@ -1,0 +1,101 @@
+# pyright: basic, reportArgumentType=false, reportAssignmentType=false, reportGeneralTypeIssues=false
+# A jitted function is Triton's language in Python's syntax; the types are Triton's too.
+"""The kernel of `causal_conv1d_update`: a sequence's few tokens by BLOCK_SIZE_D channels, its state read and written once."""
+
+import triton
+import triton.language as tl
+
+from ._causal_conv1d_window import convolve, load_taps
+
+
+# Sizes that change from call to call must not key a compile: neither their divisibility nor their being 1.
+@triton.jit(do_not_specialize=["n_tokens", "n_sequences", "n_slots", "null_slot"])
+def causal_conv1d_update_kernel(
+    x_ptr, state_ptr, weight_ptr, bias_ptr, y_ptr, slots_ptr, cu_seqlens_ptr, accepted_ptr,
+    n_tokens, n_sequences, n_slots, null_slot, x_stride, y_stride, slot_stride, row_stride,
+    D: tl.constexpr, L: tl.constexpr, W: tl.constexpr, SILU: tl.constexpr, BLOCK_SIZE_D: tl.constexpr,
+):  # fmt: skip
+    SPECULATIVE: tl.constexpr = accepted_ptr is not None
+    BLOCKS: tl.constexpr = (D + BLOCK_SIZE_D - 1) // BLOCK_SIZE_D
+    n = (tl.program_id(0) // BLOCKS).to(tl.int64)
+    d = (tl.program_id(0) % BLOCKS) * BLOCK_SIZE_D + tl.arange(0, BLOCK_SIZE_D)
+    mask = d < D
+
+    if cu_seqlens_ptr is None:
+        begin, end = n, n + 1
+        some = True
+    else:
+        # Bounds are data: whatever they hold, no row outside [0, n_tokens) is touched. Without a sequence the one program
+        # of a channel block is there for the padding rows alone.
+        begin = tl.minimum(tl.maximum(tl.load(cu_seqlens_ptr + n).to(tl.int64), 0), n_tokens)
+        end = tl.load(cu_seqlens_ptr + tl.minimum(n + 1, n_sequences)).to(tl.int64)
+        end = tl.minimum(tl.maximum(end, begin), n_tokens)
+        last = tl.minimum(tl.maximum(tl.load(cu_seqlens_ptr + n_sequences).to(tl.int64), 0), n_tokens)
+        for t in range(last + n, n_tokens, tl.maximum(n_sequences, 1)):
+            tl.store(y_ptr + t * y_stride + d, tl.zeros((BLOCK_SIZE_D,), y_ptr.dtype.element_ty), mask=mask)
+        some = begin < end
+
+    slot = n
+    if slots_ptr is not None:
+        slot = tl.load(slots_ptr + n, mask=some, other=-1).to(tl.int64)
+    padding = (slot < 0) | (slot == null_slot)
+    live = (slot >= 0) & (slot != null_slot) & (slot < n_slots)
+    keep = mask & live & some
+    first = n * 0
+    if SPECULATIVE:
+        accepted = tl.load(accepted_ptr + n, mask=some, other=0).to(tl.int64)
+        first = tl.minimum(tl.maximum(accepted - 1, 0), L - (W - 1))
+
+    w0, w1, w2, w3, w4, w5, bias = load_taps(weight_ptr, bias_ptr, d, mask, W)
+    rows = state_ptr + slot * slot_stride + d
+    newest = rows + (first + W - 2) * row_stride
+    p1 = tl.load(newest, mask=keep, other=0.0)
+    p2, p3, p4, p5 = p1, p1, p1, p1
+    if W > 2:
+        p2 = tl.load(newest - row_stride, mask=keep, other=0.0)
+    if W > 3:
+        p3 = tl.load(newest - 2 * row_stride, mask=keep, other=0.0)
+    if W > 4:
+        p4 = tl.load(newest - 3 * row_stride, mask=keep, other=0.0)
+    if W > 5:
+        p5 = tl.load(newest - 4 * row_stride, mask=keep, other=0.0)
+    # The rows of a slot may be another thread's to write than to read.
+    tl.debug_barrier()
+    if SPECULATIVE:
+        # What is accepted next time may end at this step's first token: the window without its oldest row stays.
+        _store_window(rows, p1, p2, p3, p4, p5, row_stride, keep, W - 1)
+
+    fill = tl.where(padding, 0.0, float("nan"))
+    if cu_seqlens_ptr is None:
+        x = tl.load(x_ptr + n * x_stride + d, mask=mask, other=0.0)
+        y = convolve(x, p1, p2, p3, p4, p5, w0, w1, w2, w3, w4, w5, bias, W, SILU)
+        tl.store(y_ptr + n * y_stride + d, tl.where(live, y, fill).to(y_ptr.dtype.element_ty), mask=mask)
+        if SPECULATIVE:
+            tl.store(rows + (W - 2) * row_stride, x, mask=keep)
+        p1, p2, p3, p4, p5 = x, p1, p2, p3, p4
+    else:
+        for t in range(begin, end):
+            x = tl.load(x_ptr + t * x_stride + d, mask=mask, other=0.0)
+            y = convolve(x, p1, p2, p3, p4, p5, w0, w1, w2, w3, w4, w5, bias, W, SILU)
+            tl.store(y_ptr + t * y_stride + d, tl.where(live, y, fill).to(y_ptr.dtype.element_ty), mask=mask)
+            if SPECULATIVE:
+                row = W - 2 + t - begin
+                tl.store(rows + row * row_stride, x, mask=keep & (row < L))
+            p1, p2, p3, p4, p5 = x, p1, p2, p3, p4
+    if not SPECULATIVE:
+        _store_window(rows, p1, p2, p3, p4, p5, row_stride, keep, W)
+
+
+@triton.jit
+def _store_window(rows, p1, p2, p3, p4, p5, row_stride, keep, W: tl.constexpr):
+    """The newest W - 1 inputs to the first W - 1 rows, oldest first."""
+    if W > 5:
+        tl.store(rows + (W - 6) * row_stride, p5, mask=keep)
+    if W > 4:
+        tl.store(rows + (W - 5) * row_stride, p4, mask=keep)
+    if W > 3:
+        tl.store(rows + (W - 4) * row_stride, p3, mask=keep)
+    if W > 2:
+        tl.store(rows + (W - 3) * row_stride, p2, mask=keep)
+    if W > 1:
+        tl.store(rows + (W - 2) * row_stride, p1, mask=keep)
