@@ -21,11 +21,11 @@ class Operands(Protocol):
     """The arguments of one case in one framework; implementations of that framework share them and take turns."""
 
     def reset(self) -> None:
-        """Back to the initial values, with the output poisoned where the caller owns it."""
+        """Back to the initial values, with the results of earlier calls poisoned where that can be done."""
         ...
 
     def results(self) -> dict[str, torch.Tensor]:
-        """y and the mutated operands after the last call; valid until the next one."""
+        """y and the states after the last call; valid until the next one."""
         ...
 
 
@@ -34,6 +34,10 @@ class Implementation(Protocol):
     framework: str
     slack: float
     """How many tolerances it may be off by."""
+
+    def takes(self, case: Case) -> bool:
+        """Whether the case is one of its own."""
+        ...
 
     def compiled_case(self, op: BenchOp, case: Case) -> Case:
         """The case to compile for this one; cases that map to the same share what `compile` returns."""
@@ -48,22 +52,31 @@ class Implementation(Protocol):
 
 class TorchOperands:
     def __init__(self, op: BenchOp, initial: Tensors, storage: Storage):
-        self._initial = {name: initial[name] for name in op.mutated}
+        self._op, self._initial = op, {name: initial[name] for name in op.mutated_in(initial)}
         self.tensors = dict(initial)
         for name, tensor in self._initial.items():
             dtype = str(tensor.dtype).removeprefix("torch.")
             self.tensors[name] = storage.take(f"{name}, mutable", tuple(tensor.shape), dtype)
         self.out = torch.empty_like(initial[op.output])
-        self.y = self.out
+        self.returned: Any = self.out
+        """What the last call gave: y, (y, states …), or its results by name."""
         self.reset()
 
     def reset(self) -> None:
+        # First, for what a call returned may be an operand. The next one is likely to be given the same memory.
+        for tensor in self.results().values() if self.returned is not self.out else ():
+            tensor.fill_(float("nan"))
+        self.returned = self.out.fill_(float("nan"))
         for name, tensor in self._initial.items():
             self.tensors[name].copy_(tensor)
-        self.out.fill_(float("nan"))
 
     def results(self) -> dict[str, torch.Tensor]:
-        return {"y": self.y, **{name: self.tensors[name] for name in self._initial}}
+        if isinstance(self.returned, Mapping):
+            return dict(self.returned)
+        y, *after = self.returned if isinstance(self.returned, tuple) else (self.returned,)
+        # A state that must be updated in place is looked for there, whatever was returned.
+        states = {name: self.tensors[name] for name in self._initial} or zip(self._op.fresh, after, strict=True)
+        return {"y": y, **dict(states)}
 
 
 class _TorchImplementation:
@@ -75,6 +88,9 @@ class _TorchImplementation:
 
     def __init__(self, device: torch.device):
         self._device = device
+
+    def takes(self, case: Case) -> bool:
+        return True
 
     def compiled_case(self, op: BenchOp, case: Case) -> Case:
         return op.single(case)
@@ -91,11 +107,11 @@ class _TorchImplementation:
 
         def issue() -> None:
             with _pinned(op, "triton", knobs):
-                operands.y = call()
+                operands.returned = call()
 
         return Call(self.name, self.framework, issue, synchronize)
 
-    def _function(self, op: BenchOp, operands: TorchOperands) -> Callable[[], torch.Tensor]:
+    def _function(self, op: BenchOp, operands: TorchOperands) -> Callable[[], Any]:
         raise NotImplementedError
 
 
@@ -108,7 +124,7 @@ class TritonTwin(_TorchImplementation):
         if not triton.knobs.runtime.interpret:  # the interpreter compiles nothing, and stands one thread only
             super().compile(op, case, knobs)
 
-    def _function(self, op: BenchOp, operands: TorchOperands) -> Callable[[], torch.Tensor]:
+    def _function(self, op: BenchOp, operands: TorchOperands) -> Callable[[], Any]:
         import triton_ssm
 
         named = {name: tensor for name, tensor in operands.tensors.items() if name not in op.positional}
@@ -125,7 +141,16 @@ class PeerImplementation(_TorchImplementation):
         super().__init__(device)
         self.name, self._peer, self._peer_function = peer.implementation, peer, function
 
-    def _function(self, op: BenchOp, operands: TorchOperands) -> Callable[[], torch.Tensor]:
+    def takes(self, case: Case) -> bool:
+        return self._peer.takes(case)
+
+    def compile(self, op: BenchOp, case: Case, knobs: Knobs | None) -> None:
+        # An autotuner times in its first call: that one must be of the size that is measured, and alone on the device.
+        if not self._peer.autotunes:
+            super().compile(op, case, knobs)
+
+    def _function(self, op: BenchOp, operands: TorchOperands) -> Callable[[], Any]:
+        operands.reset()  # the adapter may bring the state into a layout of its own
         return self._peer.adapt(self._peer_function, operands.tensors, operands.out)
 
 
@@ -133,26 +158,35 @@ class JaxOperands:
     """JAX's own copies: a buffer that came in through DLPack belongs to torch and could not be donated."""
 
     def __init__(self, op: BenchOp, initial: Tensors):
-        self._initial = {name: initial[name] for name in op.mutated}
+        self._initial = {name: initial[name] for name in op.mutated_in(initial)}
+        self._after_y = op.after_y(initial)
         # in the order of the operands, which is that of the compiled program's arguments
-        self.arrays = {name: None if name in op.mutated else _to_jax(tensor) for name, tensor in initial.items()}
-        self.y: Any = None
+        self.arrays = {name: None if name in self._initial else _to_jax(tensor) for name, tensor in initial.items()}
+        self._returned: tuple[Any, ...] = ()
         self.reset()
 
     def reset(self) -> None:
+        self._returned = ()
         for name in self._initial:
             self.arrays[name] = None  # freed before its successor is allocated
         for name, tensor in self._initial.items():
             self.arrays[name] = _to_jax(tensor)
 
+    def keep(self, returned: Any) -> None:
+        """Takes what a call returned; its states are the operands of the next one."""
+        self._returned = returned if isinstance(returned, tuple) else (returned,)
+        for name, array in zip(self._after_y, self._returned[1:], strict=True):
+            if name in self._initial:
+                self.arrays[name] = array
+
     def results(self) -> dict[str, torch.Tensor]:
-        results = {"y": self.y, **{name: self.arrays[name] for name in self._initial}}
-        return {name: torch.from_dlpack(array) for name, array in results.items()}
+        arrays = zip(("y", *self._after_y), self._returned, strict=True)
+        return {name: torch.from_dlpack(array) for name, array in arrays}
 
     def wait(self) -> None:
         import jax
 
-        jax.block_until_ready([self.y, *(self.arrays[name] for name in self._initial)])
+        jax.block_until_ready(self._returned)
 
 
 class JaxTwin:
@@ -163,6 +197,9 @@ class JaxTwin:
 
     def __init__(self, implementation: str):
         self.name = implementation
+
+    def takes(self, case: Case) -> bool:
+        return True
 
     def compiled_case(self, op: BenchOp, case: Case) -> Case:
         return case  # shapes are static
@@ -182,17 +219,15 @@ class JaxTwin:
             function = getattr(pallas_ssm, op.name)
             return function(*positional, **named, **op.scalars, implementation=self.name)
 
-        donated = [list(operands).index(name) for name in op.mutated]
+        donated = [list(operands).index(name) for name in op.mutated_in(operands)]
         with _pinned(op, "pallas", knobs):
             return jax.jit(call, donate_argnums=donated).lower(*shapes).compile()
 
     def bind(self, op: BenchOp, operands: JaxOperands, compiled: Any, knobs: Knobs | None) -> Call:
-        names, arrays, mutated = tuple(operands.arrays), operands.arrays, op.mutated
+        names, arrays = tuple(operands.arrays), operands.arrays
 
         def issue() -> None:
-            result = compiled(*(arrays[name] for name in names))
-            operands.y, *updated = result if mutated else (result,)
-            arrays.update(zip(mutated, updated, strict=True))
+            operands.keep(compiled(*(arrays[name] for name in names)))
 
         return Call(self.name, self.framework, issue, operands.wait)
 

@@ -99,7 +99,8 @@ class Lab:
         self._case, self._operands, self._initial = None, None, {}
 
     def _key(self, case: Case, knobs: Knobs | None) -> tuple[str, Config | None]:
-        return str(self.compiled_case(case)), config_of(knobs) if knobs else None
+        compiled = self.compiled_case(case)
+        return f"{compiled} {compiled.options}", config_of(knobs) if knobs else None
 
 
 def _describe(error: Exception) -> str:

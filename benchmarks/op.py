@@ -1,8 +1,8 @@
 """What an operator declares to be benchmarked and tuned. Runner, tuner and plots know operators only through this."""
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
 
 import torch
 
@@ -24,11 +24,24 @@ class Operand(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """Some rows (along the first axis) of one result, and what they must be, in float64."""
+    """Some part of one result, as an index into it, and what it must be, in float64."""
 
     result: str
-    rows: slice | torch.Tensor
+    index: int | slice | torch.Tensor | tuple[int | slice, ...]
     expected: torch.Tensor
+
+
+class Sweep(NamedTuple):
+    """A line of cases over one size."""
+
+    sizes: tuple[int, ...]
+    case: Callable[[int, str], Case]
+    """(size, dtype) -> a case with the name that `point_name` gives."""
+
+
+def point_name(axis: str, size: int, line: str = "") -> str:
+    """The name of a sweep's case, by which plots know it: its place on the axis, after what the line has in common."""
+    return f"{line}: {axis}={size}" if line else f"{axis}={size}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +56,11 @@ class BenchOp:
     output: str
     """The operand whose shape and dtype the output `y` has."""
     mutated: tuple[str, ...]
-    """Operands that the op updates: in place in torch, returned after y (and donated) in JAX."""
+    """Operands that the op updates, where a case has them: in place in torch, returned after y (and donated) in JAX."""
+    fresh: tuple[str, ...] = ()
+    """What it returns after y in both packages where a case has none of `mutated`."""
+    exact: tuple[str, ...] = ()
+    """Results that are copies of inputs, and must be so bit for bit."""
 
     sizes: tuple[int, ...]
     """The size keys of a tuned table."""
@@ -51,12 +68,15 @@ class BenchOp:
     """Where every candidate is timed when each size is a compile of its own; the rest see the best of these."""
     grid: Mapping[str, tuple[int, ...]]
     """Static keys the tuner goes through by default."""
-    run_sizes: tuple[int, ...]
-    run_statics: Mapping[str, int]
+    sweeps: Mapping[str, Sweep]
     run_dtypes: tuple[str, ...]
-    """The sweep that `run` measures and plots, one line a dtype."""
-    quoted_as: str
+    """What `run` measures and plots, one figure a sweep and dtype."""
+    dtype_field: Literal["dtype", "state_dtype"]
+    """Which dtype of a case sweeps and tables go by."""
+    quoted_as: str | None = None
     """The op's name in files of peers' figures."""
+    quoted_statics: Mapping[str, int] = field(default_factory=dict)
+    """What those figures were taken at and do not say."""
 
     case: Callable[[int, Mapping[str, int], str], Case]
     """(size, statics, table dtype) -> the shape behind a table key."""
@@ -66,7 +86,7 @@ class BenchOp:
     """The smallest case that compiles the same Triton kernel: what warms it up."""
     operands: Callable[[Case], dict[str, Operand]]
     pieces: Callable[[Case, Tensors], Iterator[Piece]]
-    """The definition in float64 on the device, piece by piece: every element of y and of all mutated operands, once."""
+    """The definition in float64 on the device, piece by piece: every element of every result, once."""
     bytes_moved: Callable[[Case], int]
     """Least traffic: each input read once, each output written once."""
     flops: Callable[[Case], int]
@@ -79,8 +99,15 @@ class BenchOp:
         return self.spec.name
 
     def dtype_of(self, case: Case) -> str:
-        """The dtype that keys the op's tables."""
-        return self.spec.table_dtype(case.state_dtype)
+        return getattr(case, self.dtype_field)
+
+    def mutated_in(self, operands: Collection[str]) -> tuple[str, ...]:
+        """Of a case with these operands, those that a call updates."""
+        return tuple(name for name in self.mutated if name in operands)
+
+    def after_y(self, operands: Collection[str]) -> tuple[str, ...]:
+        """What a call on these operands has for results besides y."""
+        return self.mutated_in(operands) or self.fresh
 
 
 class Storage:

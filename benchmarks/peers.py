@@ -7,15 +7,25 @@ from typing import Any
 
 import torch
 
+from parity_tests.cases import Case
+
 
 @dataclass(frozen=True)
 class Peer:
-    """`adapt(function, tensors, out)` gives a call of `function` the way its users call it; it returns y."""
+    """`adapt(function, tensors, out)` gives a call of `function` the way its users call it.
+
+    The call returns y where it updates our own operands, else its results by name: those that it has in our layout.
+    What its users prepare once and not in every layer, `adapt` prepares.
+    """
 
     name: str
     module: str
     function: str
-    adapt: Callable[[Callable[..., Any], Mapping[str, torch.Tensor], torch.Tensor], Callable[[], torch.Tensor]]
+    adapt: Callable[[Callable[..., Any], Mapping[str, torch.Tensor], torch.Tensor], Callable[[], Any]]
+    takes: Callable[[Case], bool] = lambda case: True
+    """Whether the case is one that it is made for."""
+    autotunes: bool = False
+    """Whether its first call measures."""
 
     @property
     def implementation(self) -> str:

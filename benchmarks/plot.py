@@ -1,4 +1,4 @@
-"""`python -m benchmarks plot JSON`: GB/s over size as PNG, one a state dtype, and one self-contained HTML page.
+"""`python -m benchmarks plot JSON`: GB/s over size as PNG, one a sweep and dtype, and one self-contained HTML page.
 
 Nothing is read but the result file, so a figure can be redrawn anywhere.
 """
@@ -9,7 +9,7 @@ import io
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from . import results
 from .results import CEILING, Row
@@ -20,12 +20,29 @@ _COLORS = {
     "xla": "#8a8f98",
     "peer:vllm": "#2a9d5c",
     "peer:mamba_ssm": "#9467bd",
+    "peer:fla": "#b8860b",
+    "peer:fla_gluon": "#c2185b",
+    "peer:causal_conv1d": "#9467bd",
 }
 _NAMES = {"triton": "triton_ssm", "mosaic_gpu": "pallas_ssm (Mosaic GPU)", "xla": "pallas_ssm (XLA)"}
 _THEMES = {"light": ("#ffffff", "#20242a", "#d5d9df"), "dark": ("#14171c", "#e4e7ec", "#3a404a")}
-_AXES = {"E": "E = batch × heads"}
-_SWEEP = re.compile(r"(\w+)=(\d+)")
-"""How a case of the sweep is named; the models' cases are not on its axis."""
+_AXES = {"E": "E = batch × heads", "T": "T = tokens", "D": "D = channels", "B": "B = sequences"}
+_POINT = re.compile(r"(?:(?P<line>[^:]+): )?(?P<axis>\w+)=(?P<size>\d+)")
+"""The names of a sweep's cases; the models' cases are on no axis."""
+
+
+class Point(NamedTuple):
+    """A row of a sweep: which figure it is in, and where."""
+
+    line: str
+    axis: str
+    dtype: str
+    size: int
+    row: Row
+
+    @property
+    def figure(self) -> tuple[str, str, str]:
+        return self.line, self.axis, self.dtype
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,51 +63,62 @@ def main(arguments: argparse.Namespace) -> int:
 
 
 def draw(path: Path) -> list[Path]:
-    """Writes <name>.<dtype>.png and <name>.html beside the result file; the paths written."""
+    """Writes <name>.<dtype>[.<sweep>].png and <name>.html beside the result file; the paths written."""
     head, rows = results.read(path)
     written, figures = [], []
-    for dtype in dict.fromkeys(dtype_of(row) for row in rows if _SWEEP.fullmatch(row.case)):
-        images = {theme: figure(head, rows, dtype, theme) for theme in _THEMES}
-        image = path.with_name(f"{path.stem}.{dtype}.png")
+    points = points_of(rows)
+    for key in dict.fromkeys(point.figure for point in points):
+        own = [point for point in points if point.figure == key]
+        title = title_of(head, own[0])
+        images = {theme: figure(title, own, copy_gbps(rows), theme) for theme in _THEMES}
+        line, _, dtype = key
+        image = path.with_name(".".join(filter(None, (path.stem, dtype, re.sub(r"\W+", "-", line), "png"))))
         image.write_bytes(images["light"])
         written.append(image)
-        figures.append((dtype, {theme: base64.b64encode(data).decode() for theme, data in images.items()}))
+        figures.append((title, {theme: base64.b64encode(data).decode() for theme, data in images.items()}))
     page = path.with_suffix(".html")
     page.write_text(html(head, rows, figures), encoding="utf-8")
     return [*written, page]
 
 
-def figure(head: dict[str, Any], rows: Sequence[Row], dtype: str, theme: str) -> bytes:
+def points_of(rows: Sequence[Row]) -> list[Point]:
+    matches = [(row, _POINT.fullmatch(row.case)) for row in rows]
+    return [
+        Point(match["line"] or "", match["axis"], dtype_of(row), int(match["size"]), row)
+        for row, match in matches
+        if match
+    ]
+
+
+def title_of(head: dict[str, Any], point: Point) -> str:
+    dtype = f"{point.dtype} state" if "state_dtype" in point.row.dims else point.dtype
+    return ", ".join(filter(None, (head["op"], point.line, dtype, head["device"].replace("_", " "))))
+
+
+def figure(title: str, points: Sequence[Point], ceiling: float | None, theme: str) -> bytes:
     """One PNG."""
     from matplotlib.figure import Figure  # without pyplot: no display, no global state
 
     background, ink, grid = _THEMES[theme]
     canvas = Figure(figsize=(8, 4.8), dpi=150, facecolor=background, layout="constrained")
     axes = canvas.add_subplot(facecolor=background)
-    axis = ""
-    for implementation in dict.fromkeys(row.implementation for row in rows):
-        points = []
-        for row in rows:
-            match = _SWEEP.fullmatch(row.case)
-            if row.implementation == implementation and match and dtype_of(row) == dtype:
-                axis = match[1]
-                points.append((int(match[2]), row.gbps, row.source))
-        if points:
-            x, y, sources = zip(*sorted(points), strict=True)
-            is_quoted = "quoted" in sources
-            axes.plot(
-                x, y, marker="o", markersize=5, linewidth=1.8, linestyle="--" if is_quoted else "-",
-                color=_COLORS.get(implementation), markerfacecolor=background if is_quoted else None,
-                label=name_of(implementation) + (" (quoted, L2 not flushed)" if is_quoted else ""),
-            )  # fmt: skip
-    ceiling = copy_gbps(rows)
+    for implementation in dict.fromkeys(point.row.implementation for point in points):
+        own = sorted((point.size, point.row.gbps, point.row.source) for point in points
+                     if point.row.implementation == implementation)  # fmt: skip
+        x, y, sources = zip(*own, strict=True)
+        is_quoted = "quoted" in sources
+        axes.plot(
+            x, y, marker="o", markersize=5, linewidth=1.8, linestyle="--" if is_quoted else "-",
+            color=_COLORS.get(implementation), markerfacecolor=background if is_quoted else None,
+            label=name_of(implementation) + (" (quoted, L2 not flushed)" if is_quoted else ""),
+        )  # fmt: skip
     if ceiling:
         axes.axhline(ceiling, color=ink, linewidth=1, linestyle=":", label=f"copy ceiling, {ceiling:.0f} GB/s")
     axes.set_xscale("log", base=2)
     axes.set_ylim(bottom=0)
-    axes.set_xlabel(_AXES.get(axis, axis), color=ink)
+    axes.set_xlabel(_AXES.get(points[0].axis, points[0].axis), color=ink)
     axes.set_ylabel("GB/s, cold L2", color=ink)
-    axes.set_title(f"{head['op']}, {dtype} state, {head['device'].replace('_', ' ')}", color=ink, fontsize=11)
+    axes.set_title(title, color=ink, fontsize=11)
     axes.tick_params(colors=ink)
     axes.grid(color=grid, linewidth=0.6)
     for spine in axes.spines.values():

@@ -30,7 +30,7 @@ class Row:
     flops: int | None = None
     floor_us: float | None = None
     error: float | None = None
-    """The largest relative error of y and the mutated operands against float64."""
+    """The largest relative error of y and the states against float64."""
     config: Mapping[str, Any] | None = None
     """Launch knobs, and where they come from."""
     kernels: Sequence[str] | None = None
@@ -43,8 +43,13 @@ class Row:
         return self.bytes / self.us / 1e3
 
 
-def dims_of(case: Case) -> dict[str, int | str]:
-    return {**case.dims, "dtype": case.dtype, "state_dtype": case.state_dtype}
+def dims_of(op: BenchOp, case: Case) -> dict[str, int | str]:
+    dims: dict[str, int | str] = {**case.dims, "dtype": case.dtype}
+    if "lengths" in case.options:
+        dims["n_seq"] = len(case.options["lengths"])
+    if op.dtype_field == "state_dtype":
+        dims["state_dtype"] = case.state_dtype
+    return dims
 
 
 def set_floors(rows: Iterable[Row]) -> None:
@@ -57,23 +62,25 @@ def set_floors(rows: Iterable[Row]) -> None:
 
 
 def quoted(op: BenchOp, cases: Sequence[Case], path: Path, names: Sequence[str]) -> list[Row]:
-    """Rows for the peers `names` from a JSONL of figures: op, peer, dims, dtype (of the state) and graph_ms a line.
+    """Rows for the peers `names` from a JSONL of figures: op, peer, dims, dtype (that sweeps go by) and graph_ms a line.
 
     `graph_ms` is kernel time like ours; unlike ours it is taken without flushing L2. Dims that a line leaves out are those
-    of the op's sweep.
+    of `op.quoted_statics`.
     """
+    if op.quoted_as is None:
+        return []
     figures = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     rows = []
-    for case in (case for case in cases if op.table_key(case)[1] == dict(op.run_statics)):
+    for case in (case for case in cases if op.table_key(case)[1] == dict(op.quoted_statics)):
         for figure in figures:
             same = all(case.dims[key] == figure[key] for key in case.dims.keys() & figure.keys())
-            same_dtype = figure.get("dtype", "").removeprefix("torch.") == case.state_dtype
+            same_dtype = figure.get("dtype", "").removeprefix("torch.") == op.dtype_of(case)
             if figure.get("op") != op.quoted_as or not (same and same_dtype) or figure.get("peer") not in names:
                 continue
             rows.append(
                 Row(
                     case=case.name,
-                    dims=dims_of(case),
+                    dims=dims_of(op, case),
                     implementation=f"peer:{figure['peer']}",
                     us=figure["graph_ms"] * 1e3,
                     bytes=op.bytes_moved(case),

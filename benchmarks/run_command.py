@@ -37,9 +37,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         command = ops.add_parser(
             op.name, help=f"time {op.name}", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
         )
-        command.add_argument("--sizes", type=int, nargs="*", default=op.run_sizes, metavar="N", help=op.spec.size_key)
-        command.add_argument("--dtypes", nargs="+", default=op.run_dtypes, choices=op.run_dtypes, help="of the state")
-        command.add_argument("--no-cases", action="store_true", help="the sweep alone, without the models' shapes")
+        lines = [f"{name} ({', '.join(map(str, sweep.sizes))})" for name, sweep in op.sweeps.items()]
+        command.add_argument("--sweeps", nargs="*", default=list(op.sweeps), choices=list(op.sweeps), metavar="NAME",
+                             help=f"only these, of: {'; '.join(lines)}")  # fmt: skip
+        command.add_argument("--sizes", type=int, nargs="+", metavar="N", help="in place of each sweep's own")
+        dtypes = (*op.spec.dtypes, *op.spec.dtype_aliases)
+        command.add_argument("--dtypes", nargs="+", default=op.run_dtypes, choices=dtypes, help=op.spec.dtype_key)
+        command.add_argument("--no-cases", action="store_true", help="the sweeps alone, without the models' shapes")
         names = (*OWN, *(peer.implementation for peer in op.peers))
         command.add_argument("--implementations", nargs="+", default=names, choices=names, help="only these")
         command.add_argument("--clock", choices=CLOCKS, default="kineto", help="events: no profiler, but torch only")
@@ -52,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def validate(arguments: argparse.Namespace) -> None:
     """ValueError or OSError for what argparse cannot see."""
     op = OPS[arguments.op]
-    cases = sweep(op, arguments.sizes, arguments.dtypes)
+    cases = sweep(op, arguments.sweeps, arguments.sizes, arguments.dtypes)
     if arguments.peers_figures:
         results.quoted(op, cases, arguments.peers_figures, [])
 
@@ -75,7 +79,7 @@ def run(op: BenchOp, arguments: argparse.Namespace, machine: Machine) -> int:
             print(f"{name} is left out: the {arguments.clock} clock cannot time it")
             del implementations[name]
 
-    cases = sweep(op, arguments.sizes, arguments.dtypes)
+    cases = sweep(op, arguments.sweeps, arguments.sizes, arguments.dtypes)
     if not arguments.no_cases:
         cases += select(op=op.name, tags=("standard",))
     rows, failures = ceiling(machine), []
@@ -96,9 +100,15 @@ def run(op: BenchOp, arguments: argparse.Namespace, machine: Machine) -> int:
     return 1 if failures else 0
 
 
-def sweep(op: BenchOp, sizes: Sequence[int], dtypes: Sequence[str]) -> list[Case]:
+def sweep(op: BenchOp, names: Sequence[str], sizes: Sequence[int] | None, dtypes: Sequence[str]) -> list[Case]:
+    """The cases of these sweeps, at their own sizes unless told others."""
     # largest first: its buffers then serve the others
-    return [op.case(size, op.run_statics, dtype) for dtype in dtypes for size in sorted(sizes, reverse=True)]
+    return [
+        op.sweeps[name].case(size, dtype)
+        for dtype in dtypes
+        for name in names
+        for size in sorted(sizes or op.sweeps[name].sizes, reverse=True)
+    ]
 
 
 def ceiling(machine: Machine) -> list[Row]:
@@ -134,10 +144,12 @@ def measure(
     storage = Storage(machine.device)
     labs = {name: Lab(op, one, machine.clock, storage) for name, one in implementations.items()}
     for lab in labs.values():
-        lab.compile([(case, None) for case in cases])
+        lab.compile([(case, None) for case in cases if lab.implementation.takes(case)])
     for case in tqdm(cases, unit="case", disable=None):
         errors: dict[str, float] = {}
         for name, lab in labs.items():
+            if not lab.implementation.takes(case):
+                continue
             wrong, found = lab.check(case, None)
             if wrong is None:
                 errors[name] = max(found.values())
@@ -151,7 +163,7 @@ def measure(
             rows.append(
                 Row(
                     case=case.name,
-                    dims=results.dims_of(case),
+                    dims=results.dims_of(op, case),
                     implementation=call.label,
                     us=sample.us,
                     us_p20=sample.us_p20,
@@ -172,5 +184,5 @@ def _config(op: BenchOp, name: str, case: Case, target: Device) -> dict[str, Any
     if twin is None:
         return None
     size, statics = op.table_key(case)
-    config = explain(op.name, twin=twin, device=target, dtype=case.state_dtype, size=size, **statics).config
+    config = explain(op.name, twin=twin, device=target, dtype=op.dtype_of(case), size=size, **statics).config
     return {**config.knobs, "source": config.source, "key": config.key}

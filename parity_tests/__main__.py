@@ -28,7 +28,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--framework", choices=("torch", "jax"), help="what the candidate takes, where that is not plain"
     )
-    parser.add_argument("--op", default="selective_state_update", help="the operator to check (default: %(default)s)")
+    parser.add_argument("--op", nargs="+", metavar="OP", help="only these operators (default: all)")
     return parser
 
 
@@ -39,30 +39,35 @@ def main(arguments: list[str] | None = None) -> int:
 
     from . import candidate, html, report
     from .cases import CASES, select
+    from .operators import OPERATORS
 
-    if options.op not in {case.op for case in CASES}:
-        parser.error(f"--op: expected one of {sorted({case.op for case in CASES})}, got {options.op!r}")
+    ops = options.op or list(dict.fromkeys(case.op for case in CASES))
+    if unknown_ops := set(ops) - {case.op for case in CASES}:
+        parser.error(f"--op: expected some of {sorted({case.op for case in CASES})}, got {sorted(unknown_ops)}")
     tags = options.tags or (["ci"] if interpret else ["ci", "standard", "odd"])
-    unknown = set(tags) - set().union(*(case.tags for case in CASES))
-    if unknown:
+    if unknown := set(tags) - set().union(*(case.tags for case in CASES)):
         parser.error(f"--tags: no case has {', '.join(sorted(unknown))}")
-    cases = [case for case in select(op=options.op, tags=tuple(tags)) if options.match in case.name]
+    cases = [case for op in ops for case in select(op=op, tags=tuple(tags)) if options.match in case.name]
     if not cases:
         parser.error(f"--match: no case has {options.match!r} in its name")
+    ops = list(dict.fromkeys(case.op for case in cases))
 
-    implementations = runners.twins(options.op, interpret)
+    implementations = {op: runners.twins(op, interpret) for op in ops}
     if options.candidate:
+        if len(ops) > 1:
+            parser.error(f"--candidate: expected one operator, named with --op, got {', '.join(ops)}")
         sys.path.insert(0, "")  # a candidate lies where the command is run
         try:
             function = candidate.load(options.candidate)
             framework = options.framework or candidate.framework(function)
         except ValueError as error:
             parser.error(str(error))
+        ours = implementations[ops[0]]
         if framework == "torch":
-            implementations["triton"] = runners.torch_runner(function, interpret)
+            ours["triton"] = runners.torch_runner(OPERATORS[ops[0]], function, interpret)
         else:
-            implementations["mosaic_gpu"] = runners.jax_runner(function, interpret)
-            del implementations["xla"]
+            ours["mosaic_gpu"] = runners.jax_runner(OPERATORS[ops[0]], function, interpret)
+            del ours["xla"]
 
     device = runners.device(interpret)
     ran_on = (
@@ -71,7 +76,7 @@ def main(arguments: list[str] | None = None) -> int:
         else device.name
     )
     versions = report.versions()
-    print(f"twin-ssm parity: {options.op}, {len(cases)} cases, on {ran_on}")
+    print(f"twin-ssm parity: {', '.join(ops)}: {len(cases)} cases, on {ran_on}")
     print(", ".join(f"{name} {version}" for name, version in versions.items()), flush=True)
     if options.candidate:
         place = "triton" if framework == "torch" else "mosaic_gpu"

@@ -25,7 +25,7 @@ h2 { font-size: 1.05rem; margin: 1.4rem 0 .2rem; }
 <p class="dim">Error is ‖got − ref‖₂ / ‖ref‖₂; “worst” is max |got − ref| / max |ref|. The reference is the float64 recurrence
 in NumPy, or, in rows “twin against twin”, the Triton result.</p>
 {% for report in reports %}
-<h2><span class="{{ 'ok' if report.ok else 'bad' }}">{{ "✓" if report.ok else "✗" }}</span> {{ report.case.name }}</h2>
+<h2><span class="{{ 'ok' if report.ok else 'bad' }}">{{ "✓" if report.ok else "✗" }}</span> {{ report.case.op }}: {{ report.case.name }}</h2>
 <div class="dim"><code>{% for key, value in report.case.dims.items() %}{{ key }}={{ value }} {% endfor %}{{ report.case.dtype }}, state {{ report.case.state_dtype }}</code></div>
 <div class="wide"><table><tr><th>implementation</th><th>output</th><th>error</th><th>worst</th><th>tolerance</th><th>launched with</th></tr>
 {% for name, comparisons in report.oracle.items() %}{% for c in comparisons %}

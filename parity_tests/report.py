@@ -7,13 +7,15 @@ from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 
+import numpy as np
+
 import ssm_configs
 
-from . import oracle
 from .cases import Case
 from .compare import Comparison, against_oracle, between_twins
 from .inputs import draw
-from .runners import Result, Runner
+from .operators import OPERATORS, oracle_results
+from .runners import Runner
 
 KERNELS = ("triton", "mosaic_gpu")
 
@@ -42,10 +44,9 @@ def check_case(case: Case, runners: Mapping[str, Runner], device: ssm_configs.De
     report = CaseReport(case)
     start = time.perf_counter()
     arguments, keywords = draw(case)
-    defined = {name: value for name, value in keywords.items() if name != "rounding_seed"}
-    expected = getattr(oracle, case.op)(*arguments, **defined)
+    expected = oracle_results(case, arguments, keywords)
 
-    results: dict[str, Result] = {}
+    results: dict[str, dict[str, np.ndarray]] = {}
     for name, run in runners.items():
         try:
             results[name] = run(arguments, keywords)
@@ -87,15 +88,14 @@ def _judge(report: CaseReport, what: str, comparison: Comparison) -> None:
 
 def table_row(case: Case, implementation: str, device: ssm_configs.Device) -> str:
     """The launch parameters of a case, and the file and key they came from."""
-    sequences = len(case.options["lengths"]) if "lengths" in case.options else case.dims["B"]  # type: ignore[arg-type]
+    size, statics = OPERATORS[case.op].sizes(case)
     config = ssm_configs.lookup(
         case.op,
         twin="triton" if implementation == "triton" else "pallas",
         device=device,
         dtype=case.state_dtype,
-        size=sequences * case.dims["H"],
-        headdim=case.dims["P"],
-        dstate=case.dims["N"],
+        size=size,
+        **statics,
     )
     knobs = " ".join(f"{name}={value}" for name, value in config.items())
     where = config.source if config.path is None else f"{config.source} {Path(config.path).name} key {config.key}"
@@ -103,18 +103,22 @@ def table_row(case: Case, implementation: str, device: ssm_configs.Device) -> st
 
 
 def run(
-    cases: Iterable[Case], runners: Mapping[str, Runner], device: ssm_configs.Device, show: Callable[[CaseReport], None]
+    cases: Iterable[Case],
+    implementations: Mapping[str, Mapping[str, Runner]],
+    device: ssm_configs.Device,
+    show: Callable[[CaseReport], None],
 ) -> list[CaseReport]:
+    """`implementations` by operator and name."""
     reports = []
     for case in cases:
-        reports.append(check_case(case, runners, device))
+        reports.append(check_case(case, implementations[case.op], device))
         show(reports[-1])
     return reports
 
 
 def lines(report: CaseReport) -> Iterator[str]:
     """A case for the terminal."""
-    yield f"{'ok  ' if report.ok else 'FAIL'} {report.case}  ({report.seconds:.1f} s)"
+    yield f"{'ok  ' if report.ok else 'FAIL'} {report.case.op}  {report.case}  ({report.seconds:.1f} s)"
     for name, comparisons in report.oracle.items():
         yield f"       {name:<10} vs oracle  {_errors(comparisons)}"
     if report.between:

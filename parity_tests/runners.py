@@ -5,6 +5,7 @@ jax are imported, so `prepare()` comes first, and everything here imports late.
 """
 
 import contextlib
+import functools
 import os
 import shutil
 from collections.abc import Callable
@@ -12,8 +13,10 @@ from typing import Any
 
 import numpy as np
 
-Result = tuple[np.ndarray, np.ndarray]
-Runner = Callable[[tuple[np.ndarray, ...], dict[str, Any]], Result]
+from .operators import OPERATORS, Operator
+from .operators import named as named_results
+
+Runner = Callable[[tuple[np.ndarray, ...], dict[str, Any]], dict[str, np.ndarray]]
 
 
 def prepare(interpret: bool | None = None) -> bool:
@@ -49,38 +52,48 @@ def from_torch(tensor: Any) -> np.ndarray:
     return tensor.cpu().numpy()
 
 
-def torch_runner(function: Callable, interpret: bool) -> Runner:
-    """`function` mutates its first argument and returns y, as the Triton twin does."""
+def torch_runner(operator: Operator, function: Callable | None, interpret: bool) -> Runner:
+    """The Triton twin, or `function` in its place, which updates in place what the twin updates in place."""
     device = "cpu" if interpret else "cuda"
     if interpret:
         from . import interpret_triton  # noqa: F401
 
     def run(arguments, keywords):
+        import triton_ssm
+
+        called = function or operator.function(triton_ssm, keywords)
         tensors = [to_torch(value, device) for value in arguments]
-        y = function(*tensors, **{name: to_torch(value, device) for name, value in keywords.items()})
-        return from_torch(y), from_torch(tensors[0])
+        returned = called(*tensors, **{name: to_torch(value, device) for name, value in keywords.items()})
+        return {name: from_torch(tensor) for name, tensor in operator.torch_results(returned, tensors).items()}
 
     return run
 
 
-def jax_runner(function: Callable, interpret: bool) -> Runner:
-    """`function` returns (y, state), as the Pallas twin does. Runs under jit, the state donated as a model would."""
+def jax_runner(operator: Operator, function: Callable | None, interpret: bool, **options: Any) -> Runner:
+    """The Pallas twin, or `function` in its place. Runs under jit, the state donated as a model would."""
     import jax
     import jax.numpy as jnp
 
     def run(arguments, keywords):
+        import pallas_ssm
+
+        called = function or functools.partial(operator.function(pallas_ssm, keywords), **options)
         arrays = {name: value for name, value in keywords.items() if isinstance(value, np.ndarray)}
         static = {name: value for name, value in keywords.items() if name not in arrays}
+        donated = operator.mutated
 
         def call(state, others, named):
-            return function(state, *others, **named, **static)
+            positional = list(others)
+            if donated is not None:
+                positional.insert(donated, state)
+            return called(*positional, **named, **static)
 
         with _mosaic_interpreter() if interpret else contextlib.nullcontext():
-            state, *others = (jnp.array(value) for value in arguments)
+            positional = [jnp.array(value) for value in arguments]
+            state = None if donated is None else positional.pop(donated)
             named = {name: jnp.array(value) for name, value in arrays.items()}
-            result = jax.jit(call, donate_argnums=0)(state, others, named)
-            y, state = jax.block_until_ready(result)
-        return np.asarray(y), np.asarray(state)
+            returned = jax.block_until_ready(jax.jit(call, donate_argnums=0)(state, positional, named))
+        return {name: np.asarray(array) for name, array in named_results(returned).items()}
 
     return run
 
@@ -95,16 +108,11 @@ def _mosaic_interpreter():
 
 def twins(op: str, interpret: bool) -> dict[str, Runner]:
     """The implementations of `op` that the packages have, by name."""
-    import functools
-
-    import pallas_ssm
-    import triton_ssm
-
-    pallas = getattr(pallas_ssm, op)
+    operator = OPERATORS[op]
     return {
-        "triton": torch_runner(getattr(triton_ssm, op), interpret),
-        "mosaic_gpu": jax_runner(functools.partial(pallas, implementation="mosaic_gpu"), interpret),
-        "xla": jax_runner(functools.partial(pallas, implementation="xla"), interpret=False),
+        "triton": torch_runner(operator, None, interpret),
+        "mosaic_gpu": jax_runner(operator, None, interpret, implementation="mosaic_gpu"),
+        "xla": jax_runner(operator, None, interpret=False, implementation="xla"),
     }
 
 

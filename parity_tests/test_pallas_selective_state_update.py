@@ -1,6 +1,5 @@
 """`pallas_ssm.selective_state_update` against the oracle: the XLA form, and the kernel interpreted with race detection on."""
 
-import functools
 from typing import Any
 
 import jax
@@ -13,11 +12,11 @@ from hypothesis import strategies as st
 import pallas_ssm
 from ssm_configs import override
 
-from . import oracle
-from .cases import Case, select
+from .cases import Case
 from .compare import against_oracle
 from .inputs import DTYPES, draw
 from .interpret_mosaic import RaceError, interpreted
+from .operators import OPERATORS, oracle_results
 from .oracle.philox import state_bits, stochastic_round
 from .runners import jax_runner
 
@@ -27,15 +26,14 @@ pytestmark = pytest.mark.filterwarnings("ignore::ssm_configs.TableWarning")
 
 
 def runner(implementation: Any):
-    function = functools.partial(pallas_ssm.selective_state_update, implementation=implementation)
-    return jax_runner(function, interpret=implementation == "mosaic_gpu")
+    interpret = implementation == "mosaic_gpu"
+    return jax_runner(OPERATORS[OP], None, interpret, implementation=implementation)
 
 
 def check(case: Case, implementation: str, seed: int = 0, few: bool = False) -> None:
     """`few`: so few elements that one unlucky rounding is the whole relative error, not an average over many."""
     arguments, keywords = draw(case, seed)
-    defined = {name: value for name, value in keywords.items() if name != "rounding_seed"}
-    expected = oracle.selective_state_update(*arguments, **defined)
+    expected = oracle_results(case, arguments, keywords)
     result = runner(implementation)(arguments, keywords)
     for comparison in against_oracle(case, arguments, keywords, result, expected):
         assert comparison.ok or (few and comparison.error.within(comparison.worst, comparison.worst)), (
@@ -70,16 +68,6 @@ def call(implementation: Any, arguments, keywords):
         return jax.jit(function)(arguments, dynamic)
     with interpreted():
         return jax.block_until_ready(jax.jit(function)(arguments, dynamic))
-
-
-@pytest.mark.parametrize("case", select(op=OP, tags=("ci",)), ids=str)
-def test_registry_xla(case: Case):
-    check(case, "xla")
-
-
-@pytest.mark.parametrize("case", [c for c in select(op=OP, tags=("ci",)) if "no-mosaic" not in c.tags], ids=str)
-def test_registry_mosaic(case: Case):
-    check(case, "mosaic_gpu")
 
 
 @st.composite

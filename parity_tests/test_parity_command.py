@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-ONE_CASE = ("--match", "nothing optional")
+ONE_OP = ("--op", "selective_state_update")
+ONE_CASE = (*ONE_OP, "--match", "nothing optional")
 
 
 def run(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
@@ -84,11 +85,15 @@ def test_a_jax_candidate_takes_the_pallas_twins_place(path):
         (("--candidate", "math:sin"), "--framework: expected torch or jax to be named"),
         (("--tags", "nonsense"), "no case has nonsense"),
         (("--match", "nonsense"), "no case has 'nonsense' in its name"),
-        (("--op", "nonsense"), "--op: expected one of"),
+        (
+            ("--op", "causal_conv1d", "selective_state_update", "--candidate", "math:sin"),
+            "--candidate: expected one operator",
+        ),
+        (("--op", "nonsense"), "--op: expected some of"),
     ],
 )
 def test_wrong_arguments_are_named(path, arguments, seen):
-    done = run(*arguments)
+    done = run(*ONE_OP[: 0 if "--op" in arguments else 2], *arguments)
     assert done.returncode == 2 and seen in done.stderr, done.stderr
 
 

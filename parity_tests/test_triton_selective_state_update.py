@@ -14,10 +14,10 @@ import triton_ssm
 from ssm_configs import override
 from triton_ssm import _selective_state_update_kernel as kernel_module
 
-from . import oracle
 from .cases import Case, select
 from .compare import against_oracle
 from .inputs import DTYPES, draw
+from .operators import OPERATORS, oracle_results
 from .oracle.philox import state_bits, stochastic_round
 from .runners import from_torch, to_torch, torch_runner
 
@@ -40,7 +40,6 @@ def small(**options) -> Case:
 def check(case: Case, seed: int = 0, few: bool = False) -> None:
     """`few`: so few elements that one unlucky rounding is the whole relative error, not an average over many."""
     arguments, keywords = draw(case, seed)
-    defined = {name: value for name, value in keywords.items() if name != "rounding_seed"}
 
     def poisoned(state, x, *others, **named):
         out = torch.full_like(x, float("nan"))
@@ -48,8 +47,8 @@ def check(case: Case, seed: int = 0, few: bool = False) -> None:
         assert y is out
         return y
 
-    result = torch_runner(poisoned, interpret=True)(arguments, keywords)
-    expected = oracle.selective_state_update(*arguments, **defined)
+    result = torch_runner(OPERATORS[OP], poisoned, interpret=True)(arguments, keywords)
+    expected = oracle_results(case, arguments, keywords)
     for comparison in against_oracle(case, arguments, keywords, result, expected):
         assert comparison.ok or (few and comparison.error.within(comparison.worst, comparison.worst)), (
             comparison,

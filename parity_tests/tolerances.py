@@ -21,6 +21,12 @@ TOLERANCES: dict[tuple[str, str], Tolerance] = {
     ("selective_state_update", "float16"): Tolerance(3.0e-4, 5.0e-4, 2.0e-4),
     ("selective_state_update", "bfloat16, stochastic"): Tolerance(4.8e-3, 8.0e-3, 1.4e-3),
     ("selective_state_update", "float16, stochastic"): Tolerance(6.0e-4, 1.0e-3, 2.8e-4),
+    ("causal_conv1d", "float32"): Tolerance(1e-6, 3e-6, 1.0e-7),
+    ("causal_conv1d", "bfloat16"): Tolerance(2.4e-3, 4.0e-3, 1.9e-3),
+    ("causal_conv1d", "float16"): Tolerance(3.0e-4, 5.0e-4, 2.1e-4),
+    ("causal_conv1d_update", "float32"): Tolerance(1e-6, 3e-6, 1.0e-7),
+    ("causal_conv1d_update", "bfloat16"): Tolerance(2.4e-3, 4.0e-3, 1.9e-3),
+    ("causal_conv1d_update", "float16"): Tolerance(3.0e-4, 5.0e-4, 2.1e-4),
 }
 
 

@@ -11,12 +11,13 @@ from parity_tests.cases import Case
 from ssm_configs import SPECS
 from ssm_configs.spec import Knobs
 
-from ..op import BenchOp, Operand, Piece, Tensors
+from ..op import BenchOp, Operand, Piece, Sweep, Tensors, point_name
 from ..peers import Peer
 
 _SPEC = SPECS["selective_state_update"]
 # float64 elements that the reference holds at a time; it needs a handful of such tensors.
 _CHUNK = 1 << 26
+_SWEPT = {"headdim": 64, "dstate": 128}
 
 
 def _case(size: int, statics: Mapping[str, int], dtype: str) -> Case:
@@ -27,7 +28,7 @@ def _case(size: int, statics: Mapping[str, int], dtype: str) -> Case:
     B, G = size // H, 8 if H % 8 == 0 else 1
     dims = {"S": B, "B": B, "H": H, "G": G, "P": statics["headdim"], "N": statics["dstate"]}
     options = {"D": True, "dt_bias": True, "dt_softplus": True, "slots": True}
-    return Case("selective_state_update", f"E={size}", dims, "bfloat16", dtype, options)
+    return Case("selective_state_update", point_name("E", size), dims, "bfloat16", dtype, options)
 
 
 def _table_key(case: Case) -> tuple[int, dict[str, int]]:
@@ -193,10 +194,11 @@ SELECTIVE_STATE_UPDATE = BenchOp(
     # below one wave of blocks, a few waves, streaming
     first_sizes=(64, 1024, 16384),
     grid={"headdim": (64, 80, 128), "dstate": (16, 64, 128, 256)},
-    run_sizes=(128, 512, 1024, 4096, 8192, 16384, 65536, 131072),
-    run_statics={"headdim": 64, "dstate": 128},
+    sweeps={"E": Sweep((128, 512, 1024, 4096, 8192, 16384, 65536, 131072), lambda E, dtype: _case(E, _SWEPT, dtype))},
     run_dtypes=("float32", "bfloat16", "float16"),
+    dtype_field="state_dtype",
     quoted_as="ssu",
+    quoted_statics=_SWEPT,
     case=_case,
     table_key=_table_key,
     single=_single,

@@ -9,6 +9,7 @@ Source: the causal-conv1d library of Dao; slot, packed and speculative rules fol
 that padding rows give zeros and that what is accepted is clamped to what the state holds.
 """
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -43,7 +44,7 @@ def causal_conv1d(
     if cu_seqlens is None:
         sequences = [(b, 0, T) for b in range(B)]
     else:
-        sequences = [(0, begin, end) for begin, end in zip(cu_seqlens[:-1], cu_seqlens[1:], strict=True)]
+        sequences = [(0, begin, end) for begin, end in itertools.pairwise(cu_seqlens)]
     final = np.zeros((len(sequences), W - 1, D), x.dtype) if conv_state is None else conv_state.copy()
     for n, (b, begin, end) in enumerate(sequences):
         history = np.zeros((W - 1, D), x.dtype)
@@ -77,7 +78,7 @@ def causal_conv1d_split(x, weight, sizes, *, chunk_size=None, cu_seqlens=None, *
             aligned[:, :T] = y
         else:
             aligned = np.zeros((1, chunk_size * (T // chunk_size + len(cu_seqlens) - 1), D))
-            for n, (begin, end) in enumerate(zip(cu_seqlens[:-1], cu_seqlens[1:], strict=True)):
+            for n, (begin, end) in enumerate(itertools.pairwise(cu_seqlens)):
                 row = chunk_size * (begin // chunk_size + n)
                 aligned[0, row : row + end - begin] = y[0, begin:end]
         y = aligned
@@ -99,7 +100,7 @@ def causal_conv1d_update(
     L = conv_state.shape[1]
     bounds = np.arange(T + 1) if cu_seqlens is None else cu_seqlens
     new_state, y = conv_state.copy(), np.zeros(x.shape)
-    for n, (begin, end) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+    for n, (begin, end) in enumerate(itertools.pairwise(bounds)):
         slot = n if conv_state_indices is None else conv_state_indices[n]
         if slot < 0 or slot == null_slot or begin == end:
             continue
