@@ -1,6 +1,6 @@
 """Compiles Triton kernels ahead of time, for any architecture and without a GPU, and reports what they use.
 
-    python -m parity_tests.gates_triton --arch sm_90 --rows '[{"P": 64, "N": 128, "state_dtype": "float32", …}]'
+    python -m parity_tests.gates_triton --arch sm_90 --rows '[{"op": "causal_conv1d", "W": 4, "dtype": "bfloat16", …}]'
 
 prints a JSON list, one object a row: registers, local memory (spills and stack), shared memory. A process of its own
 because the interpreter, once chosen, replaces the compiler in the whole process.
@@ -17,6 +17,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from triton_ssm._causal_conv1d_kernel import causal_conv1d_kernel
+from triton_ssm._causal_conv1d_update_kernel import causal_conv1d_update_kernel
 from triton_ssm._selective_state_update_kernel import selective_state_update_kernel
 
 TARGETS = {
@@ -32,14 +34,12 @@ SHARED_LIMIT = {
     "sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "sm_120": 101_376, "gfx942": 65_536, "gfx950": 163_840,
 }  # fmt: skip
 _SHORT = {"float32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16"}
-_INTEGERS = {"n_tokens", "n_sequences", "n_slots", "null_slot"}
 
 
 def selective_state_update_source(
     P: int, N: int, state_dtype: str, BLOCK_SIZE_M: int, rounding: bool = False
 ) -> ASTSource:
     """The variant that serving runs: tied dt and A, D, dt_bias, softplus, slots; x in bfloat16, Nemotron-H's groups."""
-    kernel = selective_state_update_kernel
     pointers = {
         "state_ptr": _SHORT[state_dtype], "x_ptr": "*bf16", "dt_ptr": "*bf16", "A_ptr": "*fp32", "B_ptr": "*bf16",
         "C_ptr": "*bf16", "D_ptr": "*fp32", "dt_bias_ptr": "*fp32", "y_ptr": "*bf16", "source_ptr": "*i32",
@@ -51,6 +51,48 @@ def selective_state_update_source(
         "TIED_D": True, "DT_SOFTPLUS": True, "BLOCK_SIZE_M": BLOCK_SIZE_M,
         "BLOCK_SIZE_N": max(8, triton.next_power_of_2(N)),
     }  # fmt: skip
+    return _source(selective_state_update_kernel, pointers, constants)
+
+
+def causal_conv1d_source(W: int, dtype: str, BLOCK_SIZE_T: int, BLOCK_SIZE_D: int, split: bool = False) -> ASTSource:
+    """Nemotron-H-8B's 10240 channels, packed, with a pool, bias and SiLU; `split` into x, B and C in aligned chunks."""
+    short = _SHORT[dtype]
+    pointers = {
+        "x_ptr": short, "weight_ptr": short, "bias_ptr": short, "y0_ptr": short, "cu_seqlens_ptr": "*i32",
+        "history_ptr": short, "final_ptr": short, "slots_ptr": "*i32", "has_history_ptr": "*i1",
+    }  # fmt: skip
+    if split:
+        pointers |= {"y1_ptr": short, "y2_ptr": short}
+    sizes = (8192, 1024, 1024, 0) if split else (10240, 0, 0, 0)
+    constants = {f"SIZE_{i}": size for i, size in enumerate(sizes)} | {
+        "W": W, "SILU": True, "CHUNK": 128 if split else 0, "BLOCK_SIZE_T": BLOCK_SIZE_T, "BLOCK_SIZE_D": BLOCK_SIZE_D,
+    }  # fmt: skip
+    return _source(causal_conv1d_kernel, pointers, constants)
+
+
+def causal_conv1d_update_source(W: int, dtype: str, BLOCK_SIZE_D: int, speculative: bool = False) -> ASTSource:
+    """Nemotron-H-8B's 10240 channels, slots, bias and SiLU."""
+    short = _SHORT[dtype]
+    pointers = {
+        "x_ptr": short, "state_ptr": short, "weight_ptr": short, "bias_ptr": short, "y_ptr": short, "slots_ptr": "*i32",
+    }  # fmt: skip
+    if speculative:
+        pointers |= {"cu_seqlens_ptr": "*i32", "accepted_ptr": "*i32"}
+    constants = {"D": 10240, "L": W + 2 if speculative else W - 1, "W": W, "SILU": True, "BLOCK_SIZE_D": BLOCK_SIZE_D}
+    return _source(causal_conv1d_update_kernel, pointers, constants)
+
+
+SOURCES = {
+    "selective_state_update": selective_state_update_source,
+    "causal_conv1d": causal_conv1d_source,
+    "causal_conv1d_update": causal_conv1d_update_source,
+}
+
+
+def _source(kernel, pointers: dict[str, str], constants: dict) -> ASTSource:
+    """Pointers that are not named are None; whatever else is no constant is an integer."""
+    constants = dict(constants)
+    unspecialised = {parameter.name for parameter in kernel.params if parameter.do_not_specialize}
     signature, attributes = {}, {}
     for position, name in enumerate(kernel.arg_names):
         if name in constants or (name.endswith("_ptr") and name not in pointers):
@@ -58,7 +100,7 @@ def selective_state_update_source(
             constants.setdefault(name, None)
         else:
             signature[name] = pointers.get(name, "i32")
-            if name not in _INTEGERS:  # pointers and strides are multiples of 16, as the launcher would find
+            if name not in unspecialised:  # pointers and strides are multiples of 16, as the launcher would find
                 attributes[(position,)] = [["tt.divisibility", 16]]
     return ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
 
@@ -88,12 +130,10 @@ def resources(compiled) -> dict[str, int]:
 
 
 def compile_row(arch: str, row: dict) -> dict:
-    row = dict(row)
-    num_warps = row.pop("num_warps")
-    compiled = triton.compile(
-        selective_state_update_source(**row), target=TARGETS[arch], options={"num_warps": num_warps}
-    )
-    return {**row, "num_warps": num_warps, "arch": arch, **resources(compiled)}
+    arguments = dict(row)
+    op, num_warps = arguments.pop("op"), arguments.pop("num_warps")
+    compiled = triton.compile(SOURCES[op](**arguments), target=TARGETS[arch], options={"num_warps": num_warps})
+    return {**row, "arch": arch, **resources(compiled)}
 
 
 def main() -> None:

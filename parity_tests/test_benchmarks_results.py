@@ -10,6 +10,7 @@ import torch
 from benchmarks import __main__ as command
 from benchmarks import peers, plot, results, run_command
 from benchmarks.machine import Machine
+from benchmarks.op import Sweep
 from benchmarks.ops import OPS
 from benchmarks.results import CEILING, Row
 from benchmarks.timing import Sample
@@ -36,7 +37,7 @@ def rows():
         case = OP.case(size, STATICS, dtype)
         made.append(
             Row(
-                case=case.name, dims=results.dims_of(case), implementation=implementation, us=us, us_p20=us - 1,
+                case=case.name, dims=results.dims_of(OP, case), implementation=implementation, us=us, us_p20=us - 1,
                 us_p80=us + 1, host_us=30.0, bytes=OP.bytes_moved(case), flops=OP.flops(case), error=1e-3,
                 config={"BLOCK_SIZE_M": 4, "num_warps": 1, "source": "shipped"}, kernels=["kernel", "Memcpy <DtoD>"],
             )
@@ -185,8 +186,9 @@ def test_run_from_end_to_end(tmp_path, monkeypatch, capsys, interpret):
     monkeypatch.setattr(run_command, "COPY_SIZES", (1 << 12,))
     monkeypatch.setattr(run_command, "select", lambda **_: [])
     monkeypatch.setattr(run_command, "host_us", lambda call: 1.0)  # a hundred calls in an interpreter take their time
-    op = dataclasses.replace(OP, run_statics={"headdim": 16, "dstate": 16})
-    chosen = ["--implementations", "triton", "xla", "peer:vllm", "--sizes", "8", "16", "--dtypes", "float16"]
+    sweep = Sweep((8, 16), lambda size, dtype: OP.case(size, {"headdim": 16, "dstate": 16}, dtype))
+    op = dataclasses.replace(OP, sweeps={"E": sweep})
+    chosen = ["--implementations", "triton", "xla", "peer:vllm", "--dtypes", "float16"]
     arguments = command.parser().parse_args(["run", OP.name, "--out", str(tmp_path), *chosen])
     assert run_command.run(op, arguments, machine()) == 0
     assert "peer:vllm is missing: ModuleNotFoundError" in capsys.readouterr().out
@@ -208,15 +210,56 @@ def test_without_a_gpu_nothing_is_measured(monkeypatch):
 
 
 def test_the_sweep_and_the_models_shapes():
-    assert [case.name for case in run_command.sweep(OP, [8, 16], ["float16"])] == ["E=16", "E=8"]
+    assert [case.name for case in run_command.sweep(OP, ["E"], [8, 16], ["float16"])] == ["E=16", "E=8"]
     for case in select(op=OP.name, tags=("standard",)):
         assert OP.bytes_moved(case) > 0 and OP.operands(case)["state"].shape[0] == case.dims["S"]
+
+
+@pytest.mark.parametrize("op", OPS.values(), ids=OPS)
+def test_every_case_that_run_measures_is_declared_in_full(op):
+    cases = run_command.sweep(op, list(op.sweeps), None, op.run_dtypes)
+    for case in (*cases, *select(op=op.name, tags=("standard",))):
+        assert op.bytes_moved(case) > 0 and op.flops(case) > 0
+        assert {*op.positional, op.output} <= op.operands(case).keys()
+        assert op.spec.table_dtype(op.dtype_of(case)) in op.spec.dtypes
+        op.spec.check_statics(op.table_key(case)[1])
+
+
+@pytest.mark.parametrize("op", OPS.values(), ids=OPS)
+def test_every_sweep_is_a_figure_and_every_point_on_it(op):
+    cases = run_command.sweep(op, list(op.sweeps), None, op.run_dtypes)
+    made = [
+        Row(case=case.name, dims=results.dims_of(op, case), implementation="triton", us=1.0, bytes=1) for case in cases
+    ]
+    points = plot.points_of(made)
+    assert len(points) == len(cases)
+    assert len({point.figure for point in points}) == len(op.sweeps) * len(op.run_dtypes)
+    assert len({plot.title_of({"op": op.name, "device": "D"}, point) for point in points}) == len(
+        {point.figure for point in points}
+    )
+    assert len({(point.figure, point.size) for point in points}) == len(points)
+
+
+def test_a_sweep_with_a_name_has_a_figure_of_its_own(tmp_path):
+    made = []
+    for line in ("one sequence, D=64", "dense, D=64"):
+        dims = {"B": 1, "T": 256, "D": 64, "W": 4, "dtype": "bfloat16"}
+        made.append(Row(case=f"{line}: T=256", dims=dims, implementation="triton", us=1.0, bytes=10))
+    path = tmp_path / "causal_conv1d.json"
+    results.write(path, "causal_conv1d", "NVIDIA_H200", {"torch": "2.11.0"}, "python -m benchmarks run", made)
+    assert [one.name for one in plot.draw(path)] == [
+        "causal_conv1d.bfloat16.one-sequence-D-64.png", "causal_conv1d.bfloat16.dense-D-64.png", "causal_conv1d.html",
+    ]  # fmt: skip
+    page = (tmp_path / "causal_conv1d.html").read_text()
+    assert "causal_conv1d, dense, D=64, bfloat16, NVIDIA H200" in page and "bfloat16 state" not in page
 
 
 # -- the command line
 
 
-@pytest.mark.parametrize("arguments", [[], ["run"], ["tune"], ["run", OP.name], ["tune", OP.name], ["plot"]])
+@pytest.mark.parametrize(
+    "arguments", [[], ["run"], ["tune"], ["plot"], *([verb, name] for verb in ("run", "tune") for name in OPS)]
+)
 def test_help(arguments, capsys):
     with pytest.raises(SystemExit) as exit:
         command.main([*arguments, "--help"])
@@ -239,6 +282,8 @@ def test_help(arguments, capsys):
         (["run", OP.name, "--sizes", "200"], "multiple of 128, got 200"),
         (["run", OP.name, "--dtypes", "float8"], "invalid choice: 'float8'"),
         (["run", OP.name, "--implementations", "cuda"], "invalid choice: 'cuda'"),
+        (["run", OP.name, "--sweeps", "T"], "invalid choice: 'T'"),
+        (["tune", "causal_conv1d", "--sizes", "1000"], "multiple of 10240, 5376, 8192 channels, got 1000"),
         (["plot", "no/such/file.json"], "no/such/file.json"),
     ],
 )

@@ -40,6 +40,9 @@ class Definition:
     def __init__(self, static_shapes=False, spoil=lambda size, knobs, results: None):
         self.static_shapes, self.spoil = static_shapes, spoil
 
+    def takes(self, case):
+        return True
+
     def compiled_case(self, op, case):
         return case if self.static_shapes else op.single(case)
 

@@ -135,7 +135,6 @@ def causal_conv1d_kernel(
         history_ptr += slot * history_slot_stride
 
     if live:
-        w0, w1, w2, w3, w4, w5, bias = load_taps(weight_ptr, bias_ptr, d, mask, W)
         p1 = _input(x_ptr, x_stride, history_ptr, history_stride, has_history, r0 - 1, length, d, mask, W, HAS_HISTORY)
         p2, p3, p4, p5 = p1, p1, p1, p1
         if W > 2:
@@ -160,6 +159,8 @@ def causal_conv1d_kernel(
         n1 = tl.load(x_row + (r0 + 1) * x_stride, mask=mask & (r0 + 1 < length), other=0.0)
         n2 = tl.load(x_row + (r0 + 2) * x_stride, mask=mask & (r0 + 2 < length), other=0.0)
         n3 = tl.load(x_row + (r0 + 3) * x_stride, mask=mask & (r0 + 3 < length), other=0.0)
+        # Only now the taps, for splitting them waits for them: the first rows are on their way already.
+        w0, w1, w2, w3, w4, w5, bias = load_taps(weight_ptr, bias_ptr, d, mask, W)
         for r in range(r0, rows, 4):
             x0, x1, x2, x3 = n0, n1, n2, n3
             # the next rows, or what is left of this program's

@@ -46,7 +46,6 @@ def causal_conv1d_update_kernel(
         accepted = tl.load(accepted_ptr + n, mask=some, other=0).to(tl.int64)
         first = tl.minimum(tl.maximum(accepted - 1, 0), L - (W - 1))
 
-    w0, w1, w2, w3, w4, w5, bias = load_taps(weight_ptr, bias_ptr, d, mask, W)
     rows = state_ptr + slot * slot_stride + d
     newest = rows + (first + W - 2) * row_stride
     p1 = tl.load(newest, mask=keep, other=0.0)
@@ -59,6 +58,11 @@ def causal_conv1d_update_kernel(
         p4 = tl.load(newest - 3 * row_stride, mask=keep, other=0.0)
     if W > 5:
         p5 = tl.load(newest - 4 * row_stride, mask=keep, other=0.0)
+    x = p1
+    if cu_seqlens_ptr is None:
+        x = tl.load(x_ptr + n * x_stride + d, mask=mask, other=0.0)
+    # Only now the taps, for splitting them waits for them: the state and the token are on their way already.
+    w0, w1, w2, w3, w4, w5, bias = load_taps(weight_ptr, bias_ptr, d, mask, W)
     # The rows of a slot may be another thread's to write than to read.
     tl.debug_barrier()
     if SPECULATIVE:
@@ -67,7 +71,6 @@ def causal_conv1d_update_kernel(
 
     fill = tl.where(padding, 0.0, float("nan"))
     if cu_seqlens_ptr is None:
-        x = tl.load(x_ptr + n * x_stride + d, mask=mask, other=0.0)
         y = convolve(x, p1, p2, p3, p4, p5, w0, w1, w2, w3, w4, w5, bias, W, SILU)
         tl.store(y_ptr + n * y_stride + d, tl.where(live, y, fill).to(y_ptr.dtype.element_ty), mask=mask)
         if SPECULATIVE:

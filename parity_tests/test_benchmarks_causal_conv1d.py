@@ -1,0 +1,354 @@
+"""The declarations of the convolutions: bytes, shapes behind keys, the float64 reference against the oracle, the peers."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks import gate
+from benchmarks.implementations import JaxTwin, PeerImplementation, TorchOperands, TritonTwin
+from benchmarks.lab import Lab
+from benchmarks.op import Storage, draw
+from benchmarks.ops import OPS, _causal_conv1d
+from ssm_configs.spec import check_knobs
+
+from . import oracle
+from .cases import Case
+from .test_benchmarks_tune import FakeClock
+from .tolerances import tolerance
+
+PREFILL, UPDATE = OPS["causal_conv1d"], OPS["causal_conv1d_update"]
+BOTH = pytest.mark.parametrize("op", [PREFILL, UPDATE], ids=lambda op: op.name)
+CPU = torch.device("cpu")
+NO_CLOCK = FakeClock(lambda size, rows: 0, sessions=0)
+MODEL = {"bias": True, "activation": "silu"}
+
+
+def prefill(name, dtype="bfloat16", B=1, T=24, W=4, **options):
+    return Case(PREFILL.name, name, {"B": B, "T": T, "D": 64, "W": W}, dtype, dtype, MODEL | options)
+
+
+def update(name, dtype="bfloat16", B=3, L=3, W=4):
+    return Case(UPDATE.name, name, {"S": B + 3, "L": L, "B": B, "D": 64, "W": W}, dtype, dtype, MODEL | {"slots": True})
+
+
+CASES = [
+    prefill("one sequence, pool", lengths=(24,), pool=True),
+    prefill("four sequences, pool", lengths=(11, 0, 1, 12), pool=True),
+    prefill("four sequences, fp32 pool", "float32", lengths=(2, 9, 0, 13), pool=True),
+    prefill("packed, no state", lengths=(5, 19)),
+    prefill("packed, initial states", lengths=(0, 24), initial=True),
+    prefill("dense", B=2),
+    prefill("dense, initial states, width 2", B=2, W=2, initial=True),
+    prefill("two tokens", T=2),
+    update("update"),
+    update("update, width 2", "float32", L=1, W=2),
+    update("update, spare rows", L=6),
+]
+EACH = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+
+
+def oracle_results(op, tensors):
+    """y and the state by the NumPy definition, in float64."""
+    arrays = {
+        name: (tensor.double() if tensor.is_floating_point() else tensor).numpy() for name, tensor in tensors.items()
+    }
+    positional = [arrays.pop(name) for name in op.positional]
+    y, state = getattr(oracle, op.name)(*positional, **arrays, **op.scalars)
+    return {"y": torch.from_numpy(y), op.after_y(tensors)[0]: torch.from_numpy(np.asarray(state, np.float64))}
+
+
+def stored(op, tensors):
+    """The same as an implementation would store it."""
+    return {name: result.to(tensors["x"].dtype) for name, result in oracle_results(op, tensors).items()}
+
+
+def op_of(case):
+    return OPS[case.op]
+
+
+# -- shapes, bytes, candidates
+
+
+def test_bytes_by_hand():
+    # T=8192 D=10240: 335,544,320 bytes of x and y; states in and out, four taps, a bias, two bounds, a slot, a flag
+    case = PREFILL.case(8192 * 10240, {"width": 4}, "float16")
+    assert PREFILL.bytes_moved(case) == 335_544_320 + 2 * 3 * 20480 + 5 * 20480 + 2 * 4 + 4 + 1
+    assert PREFILL.flops(case) == 8192 * 10240 * (2 * 4 + 4)
+    # a sequence: x, y, three rows in and three out
+    case = UPDATE.case(256 * 10240, {"width": 4}, "float16")
+    assert UPDATE.bytes_moved(case) == 256 * 8 * 20480 + 5 * 20480 + 256 * 4
+
+
+def test_the_training_forward_reads_no_state_and_writes_one():
+    case = PREFILL.sweeps["dense-T"].case(8192, "bfloat16")
+    assert PREFILL.bytes_moved(case) == 335_544_320 + 3 * 20480 + 5 * 20480
+    assert PREFILL.operands(case).keys() == {"x", "weight", "bias"}
+
+
+@pytest.mark.parametrize(
+    ("size", "T", "D"),
+    [(83_886_080, 8192, 10240), (44_040_192, 8192, 5376), (1 << 18, 32, 8192), (1 << 30, 131072, 8192)],
+)
+def test_the_shape_behind_a_key_divides_it_exactly(size, T, D):
+    case = PREFILL.case(size, {"width": 4}, "float16")
+    assert (case.dims["T"], case.dims["D"], case.dtype, case.options["lengths"]) == (T, D, "bfloat16", (T,))
+    assert size in PREFILL.sizes and PREFILL.table_key(case) == (size, {"width": 4})
+
+
+@BOTH
+def test_every_tuned_key_has_a_shape(op):
+    for dtype, x_dtype in (("float16", "bfloat16"), ("float32", "float32")):
+        for size in op.sizes:
+            case = op.case(size, {"width": 3}, dtype)
+            assert op.table_key(case) == (size, {"width": 3}) and op.dtype_of(case) == x_dtype
+            assert {case.dims[key] for key in op.spec.tuned_at}
+    assert set(op.first_sizes) <= set(op.sizes)
+
+
+def test_four_sequences_end_in_the_midst_of_blocks():
+    for T in PREFILL.sweeps["four-T"].sizes:
+        lengths = PREFILL.sweeps["four-T"].case(T, "bfloat16").options["lengths"]
+        assert len(lengths) == 4 and sum(lengths) == T
+        assert sum(bool(bound % 8) for bound in np.cumsum(lengths)[:-1]) >= 2
+
+
+@BOTH
+@pytest.mark.parametrize("twin", ["triton", "pallas"])
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_candidates_are_legal_and_few(op, twin, dtype):
+    candidates = op.candidates(twin, {"width": 4}, dtype)
+    assert 10 <= len(candidates) <= 60
+    assert len({tuple(knobs.items()) for knobs in candidates}) == len(candidates)
+    for knobs in candidates:
+        check_knobs(op.spec.knobs_of(twin), knobs, {"width": 4})
+
+
+def test_what_cannot_be_drawn_is_an_error():
+    for options in ({"padding": True}, {"tail": 2}, {"activation": None}):
+        with pytest.raises(ValueError, match=r"cannot be benchmarked|expected a bias and SiLU"):
+            PREFILL.operands(prefill("x", lengths=(24,), pool=True, **options))
+
+
+# -- the reference
+
+
+@EACH
+def test_the_reference_on_the_device_is_the_oracle(case, monkeypatch):
+    op = op_of(case)
+    for chunk in (_causal_conv1d.CHUNK, 1):
+        monkeypatch.setattr(_causal_conv1d, "CHUNK", chunk)
+        tensors = draw(op, case, Storage(CPU))
+        found = gate.errors(op, case, tensors, oracle_results(op, tensors))
+        assert found.keys() == {"y", *op.after_y(tensors)}
+        assert found["y"].relative < 1e-15
+        assert all(found[name] == (0, 0) for name in op.exact if name in found)
+
+
+@EACH
+def test_a_state_must_be_a_copy_to_the_bit(case):
+    op = op_of(case)
+    tensors = draw(op, case, Storage(CPU))
+    results = stored(op, tensors)
+    assert gate.verdict(op, results, gate.errors(op, case, tensors, results)) is None
+    (name,) = op.after_y(tensors)
+    state = results[name]
+    if state.any():
+        index = tuple(state.nonzero()[-1])
+        state[index] = torch.nextafter(state[index].float() * 1.01, torch.tensor(9.0))
+        wrong = gate.verdict(op, results, gate.errors(op, case, tensors, results), slack=10)
+        assert wrong is not None and wrong.startswith(f"{name}: expected a copy bit for bit")
+
+
+WRONG = {
+    "one element of y": lambda results: results["y"].view(-1).__setitem__(5, 9.0),
+    "NaN in y": lambda results: results["y"].view(-1).__setitem__(-1, float("nan")),
+    "a row of y": lambda results: results["y"].view(-1, 64).__setitem__(1, results["y"].view(-1, 64)[0].clone()),
+    "a slot": lambda results: results["conv_state"][1].zero_(),
+    "NaN in a slot": lambda results: results["conv_state"][2, 0].__setitem__(0, float("nan")),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+@pytest.mark.parametrize("case", [CASES[1], CASES[8]], ids=lambda case: case.name)
+def test_wrong_results_do_not_pass(case, name):
+    op = op_of(case)
+    tensors = draw(op, case, Storage(CPU))
+    results = stored(op, tensors)
+    WRONG[name](results)
+    assert gate.verdict(op, results, gate.errors(op, case, tensors, results), slack=10) is not None
+
+
+# -- the twins
+
+
+@EACH
+@pytest.mark.parametrize("implementation", [TritonTwin(CPU), JaxTwin("xla")], ids=["triton", "xla"])
+def test_the_packages_pass_the_gate(case, implementation, interpret):
+    if not interpret:
+        pytest.skip("runs the interpreters")
+    op = op_of(case)
+    package = pytest.importorskip("triton_ssm" if implementation.framework == "torch" else "pallas_ssm")
+    if not hasattr(package, op.name):
+        pytest.skip(f"{package.__name__} has no {op.name}")
+    lab = Lab(op, implementation, NO_CLOCK, Storage(CPU))
+    for _ in range(2):  # a second check starts from fresh operands
+        wrong, errors = lab.check(case, None)
+        assert wrong is None
+        assert errors["y"] < tolerance(op.name, case.dtype).relative
+        assert set(errors.values()) - {errors["y"]} == {0.0}
+    call = lab.call(case)
+    call.issue()
+    call.wait()
+
+
+def test_results_of_earlier_calls_are_poisoned():
+    case = prefill("dense")
+    initial = draw(PREFILL, case, Storage(CPU))
+    operands = TorchOperands(PREFILL, initial, Storage(CPU))
+    y, final = initial["x"].clone(), initial["x"][:, :3].clone()
+    operands.returned = y, final
+    assert operands.results().keys() == {"y", "final_state"}
+    operands.reset()
+    assert y.isnan().all() and final.isnan().all() and operands.out.isnan().all()
+
+
+def test_a_state_that_is_not_updated_in_place_does_not_pass_for_one():
+    case = CASES[0]
+    initial = draw(PREFILL, case, Storage(CPU))
+    operands = TorchOperands(PREFILL, initial, Storage(CPU))
+    operands.returned = initial["x"], initial["conv_state"] + 1
+    assert torch.equal(operands.results()["conv_state"], initial["conv_state"])
+    operands.returned = initial["x"]
+    assert operands.results().keys() == {"y", "conv_state"}
+
+
+# -- the peers, whose call and layouts a stand-in by the oracle checks
+
+
+def _channel_major(tensor, channels):
+    """[…, channels, rows] with dense channels is what vLLM and Dao's library take."""
+    assert tensor.shape[-2] == channels and tensor.stride(-2) == 1
+    return tensor.transpose(-1, -2)
+
+
+def _numbers(tensor):
+    return tensor.double().numpy()
+
+
+def vllm_fn(x, weight, bias, conv_states, query_start_loc, cache_indices, has_initial_state, activation, null_block_id,
+            metadata):  # fmt: skip
+    assert (null_block_id, query_start_loc.dtype, cache_indices.dtype) == (-1, torch.int32, torch.int32)
+    D = weight.shape[0]
+    states, rows = _channel_major(conv_states, D), _channel_major(x, D)
+    bounds = query_start_loc.tolist()
+    covered = []
+    block = metadata.nums_dict[8]
+    assert block["tot"] == block["mlist_len"] == len(block["batch_ptr"])
+    for n, i in zip(metadata.batch_ptr.tolist(), metadata.token_chunk_offset_ptr.tolist(), strict=True):
+        covered += range(bounds[n] + 8 * i, min(bounds[n] + 8 * i + 8, bounds[n + 1]))
+    assert covered == list(range(len(rows)))
+    y, new = oracle.causal_conv1d(
+        _numbers(rows)[None], _numbers(weight), bias=_numbers(bias), activation=activation, cu_seqlens=np.array(bounds),
+        conv_state=_numbers(states), state_indices=cache_indices.numpy(), has_initial_state=has_initial_state.numpy(),
+    )  # fmt: skip
+    states.copy_(torch.from_numpy(new))
+    return torch.from_numpy(y[0]).to(x.dtype).T
+
+
+def fla_fn(
+    x, weight, bias, residual, initial_state, output_final_state, activation, cu_seqlens=None, chunk_indices=None
+):
+    assert residual is None and output_final_state
+    N_seq = x.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
+    if cu_seqlens is not None:
+        lengths = cu_seqlens.diff().tolist()
+        assert len(chunk_indices) == sum(-(-length // 64) for length in lengths) and cu_seqlens.dtype == torch.int64
+    state = None
+    if initial_state is not None:
+        assert initial_state.shape == (N_seq, *weight.shape) and initial_state.is_contiguous()
+        state = _numbers(initial_state[..., 1:].transpose(1, 2))
+    y, final = oracle.causal_conv1d(
+        _numbers(x), _numbers(weight), bias=_numbers(bias), activation=activation, initial_state=state,
+        cu_seqlens=None if cu_seqlens is None else cu_seqlens.numpy(),
+    )  # fmt: skip
+    padded = torch.nn.functional.pad(torch.from_numpy(final).transpose(1, 2), (1, 0))
+    return torch.from_numpy(y).to(x.dtype), padded.to(x.dtype)
+
+
+def dao_fn(x, weight, bias, initial_states, return_final_states, activation):
+    assert return_final_states
+    state = None if initial_states is None else _numbers(_channel_major(initial_states, len(weight)))
+    rows = _numbers(_channel_major(x, len(weight)))
+    y, final = oracle.causal_conv1d(
+        rows, _numbers(weight), bias=_numbers(bias), activation=activation, initial_state=state
+    )
+    return (torch.from_numpy(one).to(x.dtype).transpose(1, 2) for one in (y, final))
+
+
+def vllm_update(x, conv_state, weight, bias, activation, conv_state_indices, null_block_id=-1, out=None):
+    assert null_block_id == -1
+    states = _channel_major(conv_state, len(weight))
+    y, new = oracle.causal_conv1d_update(
+        _numbers(x), _numbers(states), _numbers(weight), bias=_numbers(bias), activation=activation,
+        conv_state_indices=conv_state_indices.numpy(),
+    )  # fmt: skip
+    states.copy_(torch.from_numpy(new))
+    y = torch.from_numpy(y).to(x.dtype)
+    return y if out is None else out.copy_(y)
+
+
+def fla_update(x, cache, weight, bias, activation):
+    assert cache.shape == (len(x), *weight.shape) and cache.is_contiguous()
+    y, _ = oracle.causal_conv1d_update(
+        _numbers(x),
+        _numbers(cache[..., 1:].transpose(1, 2)),
+        _numbers(weight),
+        bias=_numbers(bias),
+        activation=activation,
+    )
+    return torch.from_numpy(y).to(x.dtype), cache
+
+
+STAND_INS = {
+    PREFILL.name: {"vllm": vllm_fn, "fla": fla_fn, "fla_gluon": fla_fn, "causal_conv1d": dao_fn},
+    UPDATE.name: {"vllm": vllm_update, "fla": fla_update, "causal_conv1d": vllm_update},
+}
+
+
+@EACH
+def test_peers_are_called_the_way_they_want_it(case):
+    op = op_of(case)
+    names = {peer.name for peer in op.peers}
+    assert names == STAND_INS[op.name].keys()
+    for peer in (peer for peer in op.peers if peer.takes(case)):
+        lab = Lab(op, PeerImplementation(CPU, peer, STAND_INS[op.name][peer.name]), NO_CLOCK, Storage(CPU))
+        for _ in range(2):
+            wrong, errors = lab.check(case, None)
+            assert wrong is None, peer.name
+            # a state of its own is its own affair
+            ours = {"y", *op.after_y(op.operands(case))}
+            assert set(errors) == (
+                ours if peer.name in ("vllm", "causal_conv1d") or "conv_state" not in ours else {"y"}
+            )
+
+
+def test_peers_take_what_they_are_made_for():
+    takes = {
+        peer.name: [peer.takes(case) for case in (CASES[0], CASES[5], prefill("wide", W=5))] for peer in PREFILL.peers
+    }
+    assert takes == {
+        "vllm": [True, True, False], "fla": [True, True, True], "fla_gluon": [True, True, False],
+        "causal_conv1d": [False, True, False],
+    }  # fmt: skip
+
+
+def test_an_autotuner_is_not_warmed_up_on_another_shape():
+    calls = []
+    (peer,) = (peer for peer in PREFILL.peers if peer.autotunes)
+    implementation = PeerImplementation(CPU, peer, lambda x, *_, **__: calls.append(x.shape))
+    implementation.compile(PREFILL, CASES[0], None)
+    assert not calls
+    plain = PeerImplementation(CPU, dataclasses.replace(peer, autotunes=False), fla_fn)
+    plain.compile(PREFILL, CASES[0], None)
