@@ -1,6 +1,6 @@
 """From JAX arrays to what the contracts check. Nothing here runs on a device or waits for one."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -31,9 +31,12 @@ def checked(check: Callable[..., Dims], arrays: Mapping[str, Any], null_slot: An
     )
 
 
-def check_slot_values(arrays: Mapping[str, Any], dims: Dims) -> None:
-    """What the index arrays hold, where looking waits for no device: concrete values on the host."""
-    for name in INDICES[:2]:
+def check_slot_values(arrays: Mapping[str, Any], dims: Any, names: Sequence[str] = INDICES[:2]) -> None:
+    """What the index arrays hold, where looking waits for no device: concrete values on the host.
+
+    `names`: the arrays that hold slots, of which there are `dims.S`; bounds are of `dims.T` tokens.
+    """
+    for name in names:
         slots = _on_host(arrays.get(name))
         if slots is not None and slots.size and int(slots.max()) >= dims.S:
             raise ValueError(f"{name}: expected slots < S={dims.S}, got {int(slots.max())}")

@@ -108,9 +108,7 @@ def _slots(static: Static, slots: jax.Array | None) -> tuple[jax.Array, jax.Arra
     return slots, static.is_padding(slots), slots < dims.S
 
 
-def _initial(
-    static: Static, floats: Floats, integers: Integers
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+def _initial(static: Static, floats: Floats, integers: Integers) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """(history, slot, padding, live) of every sequence."""
     dims = static.dims
     N_seq, H = dims.N_seq, dims.W - 1

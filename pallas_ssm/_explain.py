@@ -1,5 +1,6 @@
 """Which implementation a call would get, with which launch parameters, and why."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -7,11 +8,13 @@ import jax
 
 import ssm_configs
 
+from . import _causal_conv1d_dispatch as conv
+from . import _causal_conv1d_launch as conv_launch
 from . import _selective_state_update_dispatch as ssu
+from . import _selective_state_update_launch as ssu_launch
 from ._arguments import ARRAYS
-from ._selective_state_update_launch import config_request
 
-_OPTIONS = dict.fromkeys((*ssu.contract.OPTIONAL, "null_slot", "rounding_seed"))
+_SSU_OPTIONS = dict.fromkeys((*ssu.contract.OPTIONAL, "null_slot", "rounding_seed"))
 
 
 @dataclass(frozen=True)
@@ -38,17 +41,41 @@ def explain(op: str, *args: Any, implementation: str | None = None, **kwargs: An
     """What `op` would do with these arguments; nothing runs.
 
     Args:
-        op: the operator's name, "selective_state_update".
+        op: the operator's name, say "selective_state_update".
         *args, **kwargs: those of the operator. Shapes and dtypes are enough: a `jax.ShapeDtypeStruct` may stand for any
             array.
         implementation: as for the operator, whose errors are raised here too.
     """
-    if op != ssu.OP:
-        raise ValueError(f"op: expected {ssu.OP!r}, got {op!r}")
-    kinds = (*ARRAYS, jax.ShapeDtypeStruct)
-    prepared = ssu.prepare(*args, **{**_OPTIONS, "dt_softplus": False, **kwargs}, kinds=kinds)
+    if op not in _OPS:
+        raise ValueError(f"op: expected one of {tuple(_OPS)}, got {op!r}")
+    return _OPS[op](op, implementation, *args, **kwargs, kinds=(*ARRAYS, jax.ShapeDtypeStruct))
+
+
+def _selective_state_update(op: str, implementation: str | None, *args: Any, **kwargs: Any) -> Explanation:
+    prepared = ssu.prepare(*args, **{**_SSU_OPTIONS, "dt_softplus": False, **kwargs})
     choice = ssu.choose(prepared, implementation)
     if choice.launch is None:
         return Explanation(op, choice.implementation, choice.reason)
-    request = config_request(prepared.static.dims, prepared.arrays["state"].dtype, choice.target.device)
+    state_dtype = prepared.arrays["state"].dtype
+    request = ssu_launch.config_request(prepared.static.dims, state_dtype, choice.target.device)
     return Explanation(op, choice.implementation, choice.reason, choice.launch, ssm_configs.explain(op, **request))
+
+
+def _convolution(op: str, implementation: str | None, *args: Any, **kwargs: Any) -> Explanation:
+    prepare = conv.prepare_update if op == conv_launch.UPDATE else conv.prepare_prefill
+    prepared = prepare(*args, **kwargs)
+    choice = conv.choose(prepared, implementation)
+    if choice.launch is None:
+        return Explanation(op, choice.implementation, choice.reason)
+    # What is split launches as what is not.
+    table = prepared.static.op
+    request = conv_launch.config_request(table, prepared.static.dims, prepared.arrays["x"].dtype, choice.target.device)
+    return Explanation(op, choice.implementation, choice.reason, choice.launch, ssm_configs.explain(table, **request))
+
+
+_OPS: dict[str, Callable[..., Explanation]] = {
+    ssu_launch.OP: _selective_state_update,
+    conv_launch.PREFILL: _convolution,
+    f"{conv_launch.PREFILL}_split": _convolution,
+    conv_launch.UPDATE: _convolution,
+}

@@ -59,18 +59,18 @@ def config_request(dims: Dims, state_dtype: Any, device: Device | None) -> dict[
     }
 
 
-def check_device(target: Target) -> Device:
-    """The device of `target`, if the kernel runs there."""
+def check_device(target: Target, op: str = OP) -> Device:
+    """The device of `target`, if the kernel of `op` runs there."""
     if target.device is None:
         where = (
             "on a CPU outside plgpu.force_gpu_interpret_mode(...)"
             if target.platform == "cpu"
             else f"on {target.platform}"
         )
-        raise Unsupported(f"{OP}: the mosaic_gpu kernel does not run {where}; use implementation='xla' or None")
+        raise Unsupported(f"{op}: the mosaic_gpu kernel does not run {where}; use implementation='xla' or None")
     if target.platform == "gpu" and target.device.capability not in CAPABILITIES:
         raise Unsupported(
-            f"{OP}: the mosaic_gpu kernel needs compute capability {', '.join(f'{a}.{b}' for a, b in CAPABILITIES)}, "
+            f"{op}: the mosaic_gpu kernel needs compute capability {', '.join(f'{a}.{b}' for a, b in CAPABILITIES)}, "
             f"got {target.device.capability} ({target.device.name})"
         )
     return target.device

@@ -3,6 +3,11 @@
 `selective_state_update`: the state pool is [S,H,P,N] everywhere and moves as it is. mamba_ssm and vLLM give every per-head
 number (dt, A, D, dt_bias) repeated along headdim (and dstate) as a view of stride 0, by which their kernels know it for one
 number. A JAX array has no strides; here such a number has no repeated axis to begin with.
+
+Convolution: a state pool is [S,L,D] here, a slot's first W - 1 rows being its history, oldest first. vLLM's operators take
+[S,D,L] (its memory is [S,L,D] in layout SD, which the transposed view shares, and [S,D,L] in layout DS). causal-conv1d and
+mamba_ssm keep [S,D,state_len] with the newest input last and state_len >= W - 1, often W. Weights are [D,W] in all of them
+and [D,1,W] in a torch Conv1d.
 """
 
 from typing import Any, NamedTuple
@@ -84,3 +89,38 @@ def selective_state_update_to_vllm(
     """The repeated form, and the null_block_id that means the same: -1, which no slot has, for None."""
     per_head = selective_state_update_to_mamba_ssm(dt, A, D, dt_bias, headdim=headdim, dstate=dstate)
     return per_head, -1 if null_slot is None else null_slot
+
+
+def conv_state_from_vllm(conv_state: jax.Array) -> jax.Array:
+    """[S,D,L] to [S,L,D]."""
+    return _swap(conv_state)
+
+
+def conv_state_to_vllm(conv_state: jax.Array) -> jax.Array:
+    """[S,L,D] to [S,D,L]."""
+    return _swap(conv_state)
+
+
+def conv_state_from_causal_conv1d(conv_state: jax.Array, *, width: int) -> jax.Array:
+    """[S,D,state_len], newest input last, to [S,W-1,D]: the inputs that a filter of this width looks back to."""
+    if conv_state.shape[2] < width - 1:
+        raise ValueError(f"conv_state: expected state_len >= {width - 1} for width {width}, got {conv_state.shape[2]}")
+    return _swap(conv_state[:, :, conv_state.shape[2] - (width - 1) :])
+
+
+def conv_state_to_causal_conv1d(conv_state: jax.Array, *, state_len: int) -> jax.Array:
+    """[S,W-1,D] to [S,D,state_len], newest input last; what lies further back than the history is zero."""
+    if state_len < conv_state.shape[1]:
+        raise ValueError(f"state_len: expected at least {conv_state.shape[1]}, got {state_len}")
+    return jnp.pad(_swap(conv_state), ((0, 0), (0, 0), (state_len - conv_state.shape[1], 0)))
+
+
+def conv_weight_from_conv1d(weight: jax.Array) -> jax.Array:
+    """[D,1,W], a depthwise Conv1d's, to [D,W]."""
+    if weight.ndim != 3 or weight.shape[1] != 1:
+        raise ValueError(f"weight: expected shape (D, 1, W), got {tuple(weight.shape)}")
+    return weight[:, 0]
+
+
+def _swap(array: jax.Array) -> jax.Array:
+    return jnp.swapaxes(array, 1, 2)

@@ -125,10 +125,11 @@ def test_candidates_are_legal_and_few(op, twin, dtype):
         check_knobs(op.spec.knobs_of(twin), knobs, {"width": 4})
 
 
-def test_what_cannot_be_drawn_is_an_error():
-    for options in ({"padding": True}, {"tail": 2}, {"activation": None}):
-        with pytest.raises(ValueError, match=r"cannot be benchmarked|expected a bias and SiLU"):
-            PREFILL.operands(prefill("x", lengths=(24,), pool=True, **options))
+@pytest.mark.parametrize(("option", "value"), [("padding", True), ("tail", 2), ("activation", None), ("bias", False)])
+def test_what_cannot_be_drawn_is_an_error(option, value):
+    case = prefill("x", lengths=(24,), pool=True)
+    with pytest.raises(ValueError, match=r"cannot be benchmarked|expected a bias and SiLU"):
+        PREFILL.operands(dataclasses.replace(case, options={**case.options, option: value}))
 
 
 # -- the reference
@@ -257,9 +258,7 @@ def vllm_fn(x, weight, bias, conv_states, query_start_loc, cache_indices, has_in
     return torch.from_numpy(y[0]).to(x.dtype).T
 
 
-def fla_fn(
-    x, weight, bias, residual, initial_state, output_final_state, activation, cu_seqlens=None, chunk_indices=None
-):
+def fla_fn(x, weight, bias, residual, initial_state, output_final_state, activation, cu_seqlens=None, chunk_indices=()):
     assert residual is None and output_final_state
     N_seq = x.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
     if cu_seqlens is not None:

@@ -3,6 +3,7 @@
 import ast
 import inspect
 import textwrap
+from typing import Any
 
 import numpy as np
 import pytest
@@ -98,14 +99,14 @@ def test_drawn_updates(data):
         check(Case(UPDATE, "drawn", dims, dtype, dtype, options), data.draw(st.integers(0, 100)), few=True)
 
 
-def prompt(**options):
+def prompt(**options) -> tuple[list[Any], dict[str, Any]]:
     options = {"bias": True, "activation": "silu", "lengths": (9, 4), "pool": True} | options
     case = Case(PREFILL, "small", {"B": 1, "T": 13, "D": 32, "W": 4}, options=options)
     arguments, keywords = draw(case)
     return [to_torch(a, "cpu") for a in arguments], {name: to_torch(value, "cpu") for name, value in keywords.items()}
 
 
-def step(**options):
+def step(**options) -> tuple[list[Any], dict[str, Any]]:
     options = {"bias": True, "activation": "silu", "slots": True} | options
     case = Case(UPDATE, "small", {"S": 6, "L": 3, "B": 3, "D": 32, "W": 4}, options=options)
     arguments, keywords = draw(case)
@@ -235,9 +236,9 @@ def test_prompt_errors_name_the_argument_and_touch_nothing(name):
     ],
 )
 def test_split_errors(sizes, chunk_size, kind, text):
-    arguments, keywords = prompt()
+    (x, weight), keywords = prompt()
     with pytest.raises(kind, match=text):
-        triton_ssm.causal_conv1d_split(*arguments, sizes, chunk_size=chunk_size, **keywords)
+        triton_ssm.causal_conv1d_split(x, weight, sizes, chunk_size=chunk_size, **keywords)
 
 
 UPDATE_ERRORS = {

@@ -2,6 +2,7 @@
 
 from ssm_configs import override as override
 
+from . import layouts as layouts
 from ._explain import explain as explain
 from .causal_conv1d import causal_conv1d as causal_conv1d
 from .causal_conv1d import causal_conv1d_split as causal_conv1d_split

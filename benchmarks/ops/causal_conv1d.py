@@ -149,13 +149,13 @@ def _candidates(twin: str, statics: Mapping[str, int], dtype: str) -> list[Knobs
             for tokens in (8, 16, 32, 64, 128)
             for launch in common.vector_launches(dtype, 2048)
         ]
-    # A tile of 4 to 64 KiB: several have room beside each other in shared memory.
-    itemsize = getattr(torch, dtype).itemsize
+    # TMA copies no more than 256 channels at a time. A thread has two at least, for as many tokens as there are taps, and
+    # several tiles should have room beside each other in shared memory.
     return [
         {"BLOCK_SIZE_T": tokens, "BLOCK_SIZE_D": channels}
         for tokens in (4, 8, 16, 32, 64, 128)
-        for channels in (64, 128, 256, 512, 1024, 2048)
-        if 4096 <= tokens * channels * itemsize <= 65536
+        for channels in (64, 128, 256)
+        if tokens * channels >= 1024 and tokens * channels * getattr(torch, dtype).itemsize <= 32768
     ]
 
 

@@ -77,9 +77,10 @@ def _bytes(case: Case) -> int:
 def _candidates(twin: str, statics: Mapping[str, int], dtype: str) -> list[Knobs]:
     if twin == "triton":
         return common.vector_launches(dtype, 4096)
+    # at least a channel for every thread
     return [
         {"BLOCK_SIZE_D": channels, "BLOCK_SIZE_B": sequences}
-        for channels in (64, 128, 256, 512, 1024, 2048)
+        for channels in (128, 256, 512, 1024, 2048)
         for sequences in (1, 2, 4, 8)
         if channels * sequences <= 4096
     ]

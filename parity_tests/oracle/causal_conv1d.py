@@ -30,8 +30,8 @@ def _convolve(history: np.ndarray, x: np.ndarray, weight: np.ndarray, bias: Any)
 
 
 def causal_conv1d(
-    x, weight, *, bias=None, activation=None, initial_state=None, cu_seqlens=None, conv_state=None, state_indices=None,
-    has_initial_state=None, null_slot=None,
+    x, weight, *, bias=None, activation=None, initial_state=None, cu_seqlens=None, conv_state=None, state_indices: Any = None,
+    has_initial_state: Any = None, null_slot=None,
 ):  # fmt: skip
     """(y [B,T,D] float64, final states): final_state [N_seq,W-1,D], or with a pool the new pool, both in x's dtype.
 
@@ -47,9 +47,8 @@ def causal_conv1d(
         sequences = [(0, begin, end) for begin, end in itertools.pairwise(cu_seqlens)]
     final = np.zeros((len(sequences), W - 1, D), x.dtype) if conv_state is None else conv_state.copy()
     for n, (b, begin, end) in enumerate(sequences):
-        history = np.zeros((W - 1, D), x.dtype)
+        slot, history = n, np.zeros((W - 1, D), x.dtype)
         if conv_state is None:
-            slot = n
             if initial_state is not None:
                 history = initial_state[n]
         else:

@@ -9,10 +9,10 @@ WIDTHS = (2, 3, 4, 5, 6)
 ACTIVATIONS = (None, "silu", "swish")
 MAX_PARTS = 4
 
-PREFILL = (
+PREFILL: tuple[str, ...] = (
     "x", "weight", "bias", "initial_state", "cu_seqlens", "conv_state", "state_indices", "has_initial_state",
 )  # fmt: skip
-UPDATE = ("x", "conv_state", "weight", "bias", "conv_state_indices", "cu_seqlens", "num_accepted_tokens")
+UPDATE: tuple[str, ...] = ("x", "conv_state", "weight", "bias", "conv_state_indices", "cu_seqlens", "num_accepted_tokens")
 _INDICES = ("cu_seqlens", "state_indices", "conv_state_indices", "num_accepted_tokens")
 
 

@@ -1,0 +1,121 @@
+"""Converts arguments, by name, between this package's forms and those of other libraries.
+
+`selective_state_update`: the state pool is [S,H,P,N] everywhere and moves as it is. mamba_ssm and vLLM give every per-head
+number (dt, A, D, dt_bias) repeated along headdim (and dstate) as a view of stride 0, by which their kernels know it for one
+number. `triton_ssm` knows it by the same sign, so the conversion is for code that wants one form.
+
+Convolution: a state pool is [S,L,D] here, a slot's first W - 1 rows being its history, oldest first. vLLM's operators take
+[S,D,L] (its memory is [S,L,D] in layout SD, which the transposed view shares, and [S,D,L] in layout DS). causal-conv1d and
+mamba_ssm keep [S,D,state_len] with the newest input last and state_len >= W - 1, often W. Weights are [D,W] in all of them
+and [D,1,W] in a torch Conv1d.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+
+
+class PerHead(NamedTuple):
+    """What mamba_ssm repeats: dt [T,H,P], A [H,P,N], D [H,P], dt_bias [H,P]; here [T,H], [H], [H], [H]."""
+
+    dt: torch.Tensor
+    A: torch.Tensor
+    D: torch.Tensor | None = None
+    dt_bias: torch.Tensor | None = None
+
+
+def selective_state_update_from_mamba_ssm(
+    dt: torch.Tensor, A: torch.Tensor, D: torch.Tensor | None = None, dt_bias: torch.Tensor | None = None
+) -> PerHead:
+    """One number for each head out of mamba_ssm's repeated ones (in a head-less call: one, without any axis).
+
+    The first of every repeated axis is taken and the others are not looked at. An argument that is not repeated goes to
+    `selective_state_update` as it is, and needs no conversion.
+    """
+    return PerHead(dt[..., 0], A[..., 0, 0], *(None if tensor is None else tensor[..., 0] for tensor in (D, dt_bias)))
+
+
+def selective_state_update_to_mamba_ssm(
+    dt: torch.Tensor,
+    A: torch.Tensor,
+    D: torch.Tensor | None = None,
+    dt_bias: torch.Tensor | None = None,
+    *,
+    headdim: int,
+    dstate: int,
+) -> PerHead:
+    """The repeated form of per-head numbers, as views of stride 0."""
+
+    def repeat(tensor: torch.Tensor | None, *sizes: int) -> Any:
+        if tensor is None:
+            return None
+        return tensor[(..., *(None,) * len(sizes))].expand(*tensor.shape, *sizes)
+
+    return PerHead(repeat(dt, headdim), repeat(A, headdim, dstate), repeat(D, headdim), repeat(dt_bias, headdim))
+
+
+class VllmCall(NamedTuple):
+    """vLLM's argument list as far as it differs: per-head numbers repeated, the null slot under its own name."""
+
+    per_head: PerHead
+    null_slot: int | None
+
+
+def selective_state_update_from_vllm(
+    dt: torch.Tensor,
+    A: torch.Tensor,
+    D: torch.Tensor | None = None,
+    dt_bias: torch.Tensor | None = None,
+    *,
+    has_indices: bool,
+    null_block_id: int = 0,
+) -> VllmCall:
+    """As from mamba_ssm, and null_block_id, which vLLM gives also where there are no slot indices to compare it with."""
+    per_head = selective_state_update_from_mamba_ssm(dt, A, D, dt_bias)
+    return VllmCall(per_head, null_block_id if has_indices else None)
+
+
+def selective_state_update_to_vllm(
+    dt: torch.Tensor,
+    A: torch.Tensor,
+    D: torch.Tensor | None = None,
+    dt_bias: torch.Tensor | None = None,
+    *,
+    headdim: int,
+    dstate: int,
+    null_slot: int | None = None,
+) -> tuple[PerHead, int]:
+    """The repeated form, and the null_block_id that means the same: -1, which no slot has, for None."""
+    per_head = selective_state_update_to_mamba_ssm(dt, A, D, dt_bias, headdim=headdim, dstate=dstate)
+    return per_head, -1 if null_slot is None else null_slot
+
+
+def conv_state_from_vllm(conv_state: torch.Tensor) -> torch.Tensor:
+    """[S,D,L] to [S,L,D]. A view: in layout SD the operators here update it in place."""
+    return conv_state.transpose(1, 2)
+
+
+def conv_state_to_vllm(conv_state: torch.Tensor) -> torch.Tensor:
+    """[S,L,D] to [S,D,L], a view."""
+    return conv_state.transpose(1, 2)
+
+
+def conv_state_from_causal_conv1d(conv_state: torch.Tensor, *, width: int) -> torch.Tensor:
+    """[S,D,state_len], newest input last, to [S,W-1,D]: the inputs that a filter of this width looks back to."""
+    if conv_state.shape[2] < width - 1:
+        raise ValueError(f"conv_state: expected state_len >= {width - 1} for width {width}, got {conv_state.shape[2]}")
+    return conv_state[:, :, conv_state.shape[2] - (width - 1) :].transpose(1, 2)
+
+
+def conv_state_to_causal_conv1d(conv_state: torch.Tensor, *, state_len: int) -> torch.Tensor:
+    """[S,W-1,D] to [S,D,state_len], newest input last; what lies further back than the history is zero."""
+    if state_len < conv_state.shape[1]:
+        raise ValueError(f"state_len: expected at least {conv_state.shape[1]}, got {state_len}")
+    return torch.nn.functional.pad(conv_state.transpose(1, 2), (state_len - conv_state.shape[1], 0))
+
+
+def conv_weight_from_conv1d(weight: torch.Tensor) -> torch.Tensor:
+    """[D,1,W], a depthwise Conv1d's, to [D,W]."""
+    if weight.ndim != 3 or weight.shape[1] != 1:
+        raise ValueError(f"weight: expected shape (D, 1, W), got {tuple(weight.shape)}")
+    return weight[:, 0]
