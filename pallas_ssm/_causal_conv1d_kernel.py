@@ -23,7 +23,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from ._causal_conv1d_call import Floats, Integers, Static
 from ._causal_conv1d_launch import PrefillLaunch, row_blocks
-from ._causal_conv1d_taps import convolve, load, load_taps, stage_taps
+from ._causal_conv1d_taps import convolve, load, load_taps, select, stage_taps
 
 _INPUTS = ("x", "weight", "bias", "initial", *Integers._fields)
 
@@ -193,7 +193,8 @@ class _Block:
         if refs.initial is None:
             # The strip of a sequence's first token begins with zeros.
             strip = plgpu.broadcasted_iota(jnp.int32, self.shape, 0, layout=self.layout)
-            window = [jnp.where((strip == 0) & blank, 0.0, x) for x in window]
+            known_rows = (strip > 0) | jnp.logical_not(blank)
+            window = [select(known_rows, x, 0.0) for x in window]
 
         def step(i: jax.Array, window: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
             at = i * launch.unroll
@@ -242,11 +243,10 @@ class _Block:
         launch = self.launch
         strip = plgpu.broadcasted_iota(jnp.int32, self.shape, 0, layout=self.layout) * launch.strip_rows
         dtype = self.tile.dtype
-        zero = jnp.zeros((), dtype)
 
         def row(i: jax.Array, _: None) -> None:
             kept = self.tokens(i) if value is None else jnp.broadcast_to(value.astype(dtype), self.shape)
-            self.tile[pl.ds(0, launch.strips), i] = jnp.where(strip + i < count, kept, zero)
+            self.tile[pl.ds(0, launch.strips), i] = select(strip + i < count, kept, 0.0)
 
         lax.fori_loop(0, launch.strip_rows, row, None)
 
@@ -304,21 +304,21 @@ class _Block:
         def _():
             write([token(begin + length - history + i) for i in range(history)])
 
-        for short in range(history):
+        def write_short(short: int) -> None:
+            before = [self.initial_row(n, slot, i) for i in range(short, history)]
+            rows = before + [token(begin + i) for i in range(short)]
+            # Some threads hold the same elements, and the state may be written where it was read.
+            plgpu.commit_smem()
+            write(rows)
 
-            @pl.when(length == short)
-            def _():
-                before = [self.initial_row(n, slot, i) for i in range(short, history)]
-                rows = before + [token(begin + i) for i in range(short)]
-                # Some threads hold the same elements, and the state may be written where it was read.
-                plgpu.commit_smem()
-                write(rows)
+        for short in range(history):
+            pl.when(length == short)(partial(write_short, short))
 
     def initial_row(self, n: jax.Array, slot: jax.Array, i: int) -> jax.Array:
-        row, dtype = self.launch.layout.row, self.tile.dtype
+        row = self.launch.layout.row
         if self.static.pool:
             x = load(self.refs.state.at[slot, i, self.channels], row)
-            return jnp.where(self.has_initial(n), x, jnp.zeros((), dtype))
+            return select(self.has_initial(n), x, 0.0)
         if self.refs.initial is not None:
             return load(self.refs.initial.at[n, i, self.channels], row)
-        return plgpu.layout_cast(jnp.zeros((self.launch.BLOCK_SIZE_D,), dtype), row)
+        return plgpu.layout_cast(jnp.zeros((self.launch.BLOCK_SIZE_D,), self.tile.dtype), row)

@@ -17,6 +17,12 @@ def load(ref: Any, layout: Any) -> jax.Array:
     return plgpu.load(ref, layout=layout, optimized=False)
 
 
+def select(where: jax.Array, x: jax.Array, y: jax.Array | float) -> jax.Array:
+    """x or y, elementwise; `where` and y may be scalars. (The lowering broadcasts nothing by itself.)"""
+    y = jnp.broadcast_to(jnp.asarray(y, x.dtype), x.shape)
+    return jnp.where(jnp.broadcast_to(where, x.shape), x, y)
+
+
 def stage_taps(weight: Any, bias: Any, channels: Any, shared: Any, layout: RowLayout) -> None:
     """The taps, and the bias below them, of some channels into shared memory, in fp32, a row each.
 

@@ -16,7 +16,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from ._causal_conv1d_call import Floats, Integers, Static
 from ._causal_conv1d_launch import UpdateLaunch
-from ._causal_conv1d_taps import convolve, load, load_taps, stage_taps
+from ._causal_conv1d_taps import convolve, load, load_taps, select, stage_taps
 
 _INPUTS = ("x", "weight", "bias", *Integers._fields)
 # Tokens of a packed sequence that are asked for at a time.
@@ -155,7 +155,7 @@ class _Block:
                         self.store(slot, at, x)
 
                 moved = (*window[1:], x)
-                window = tuple(jnp.where(there, new, old) for new, old in zip(moved, window, strict=True))
+                window = tuple(select(there, new, old) for new, old in zip(moved, window, strict=True))
             return window
 
         window = lax.fori_loop(0, lax.div(end - begin + (_TOKENS - 1), _TOKENS), some, tuple(window))

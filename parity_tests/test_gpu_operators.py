@@ -1,0 +1,125 @@
+"""What only a GPU shows of every operator: compiled kernels, big grids, CUDA graphs, no synchronisation, no race."""
+
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from . import report, runners
+from .cases import Case, select
+from .inputs import draw
+from .operators import OPERATORS
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture(scope="module")
+def twins():
+    return {op: runners.twins(op, interpret=False) for op in OPERATORS}
+
+
+def named(case: Case) -> str:
+    return f"{case.op}: {case}"
+
+
+@pytest.mark.parametrize("case", select(tags=("ci", "odd", "standard")), ids=named)
+def test_registry(case, twins):
+    result = report.check_case(case, twins[case.op], runners.device(interpret=False))
+    assert result.ok, result.failures
+
+
+@pytest.mark.parametrize("case", [case for case in select(tags=("large",)) if "65,535" in case.name], ids=named)
+def test_more_than_65535_rows(case, twins):
+    result = report.check_case(case, twins[case.op], runners.device(interpret=False))
+    assert result.ok, result.failures
+
+
+NAMES = {
+    "selective_state_update": (
+        "gate z, bf16 state", "speculative, 16-bit states, padding", "packed, zero lengths, padded tail",
+        "stochastic rounding to bf16",
+    ),
+    "causal_conv1d": ("width 4, packed", "pool, padding and null slot", "split, chunk-aligned, pool"),
+    "causal_conv1d_update": ("padding and null slot", "speculative, padding, short pool", "packed, zero lengths, tail"),
+}  # fmt: skip
+CAPTURED = [case for case in select(tags=("odd",)) if case.name in NAMES[case.op]]
+
+
+def test_every_name_is_a_case():
+    assert len(CAPTURED) == sum(len(names) for names in NAMES.values())
+
+
+def _torch_call(case):
+    """(call without arguments, the state that it updates in place or None); the call returns all results."""
+    import torch
+
+    import triton_ssm
+
+    operator = OPERATORS[case.op]
+    arguments, keywords = draw(case)
+    tensors = [runners.to_torch(a, "cuda") for a in arguments]
+    named = {name: runners.to_torch(value, "cuda") for name, value in keywords.items()}
+    state = named.get("conv_state") if operator.mutated is None else tensors[operator.mutated]
+    function = operator.function(triton_ssm, keywords)
+    torch.cuda.synchronize()
+    return lambda: operator.torch_results(function(*tensors, **named), tensors), state
+
+
+@pytest.mark.parametrize("case", CAPTURED, ids=named)
+def test_cuda_graph_replay_equals_the_call(case):
+    import torch
+
+    call, state = _torch_call(case)
+    start = None if state is None else state.clone()
+    expected = {name: tensor.clone() for name, tensor in call().items()}
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        replayed = call()
+    for name, tensor in replayed.items():
+        if name != "state":
+            tensor.fill_(float("nan"))
+    if state is not None:
+        state.copy_(start)
+    graph.replay()
+    for name, tensor in expected.items():
+        assert torch.equal(replayed[name], tensor), name
+
+
+@pytest.mark.parametrize("case", CAPTURED, ids=named)
+def test_no_host_synchronisation(case):
+    import torch
+
+    call, _ = _torch_call(case)
+    call()  # compiles
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        call()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("case", CAPTURED, ids=named)
+def test_repeats_give_the_same_bits(case, twins):
+    arguments, keywords = draw(case)
+    for name, run in twins[case.op].items():
+        first, again = run(arguments, keywords), run(arguments, keywords)
+        assert all(first[key].tobytes() == again[key].tobytes() for key in first), name
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
+def test_compute_sanitizer(tool):
+    sanitizer = shutil.which("compute-sanitizer")
+    if sanitizer is None:
+        pytest.skip("compute-sanitizer is not installed")
+    done = subprocess.run(
+        [sanitizer, "--tool", tool, "--error-exitcode", "99", sys.executable, "-m", "parity_tests.sanitize"],
+        capture_output=True, text=True, env=os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
+    )  # fmt: skip
+    if "Device not supported" in done.stdout + done.stderr:
+        pytest.skip("compute-sanitizer does not support this machine")
+    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
+    assert "0 errors" in done.stdout + done.stderr or "ERROR SUMMARY: 0" in done.stdout + done.stderr
