@@ -30,6 +30,8 @@ _TMA_ALIGNMENT = 128
 _MAX_SHARED = 64 * 1024
 # Elements that a thread loads before it computes on the first.
 _ELEMENTS_IN_FLIGHT = 16
+# Channels times sequences that a thread updates at once: its inputs are all in registers.
+_MAX_UPDATE_ELEMENTS = 32
 # Channels that a thread has of a row, where a table does not say: 32 bits, so that a warp's access fills every bank.
 _VECTOR = 2
 
@@ -168,7 +170,7 @@ def plan_update(static: Static, dtype: Any, knobs: Mapping[str, Any]) -> UpdateL
     """The launch nearest to `knobs` that this shape has; `Unsupported` without any.
 
     BLOCK_SIZE_D shrinks to the next power of two that divides D, and grows where that is less than 128, one channel for
-    every thread. BLOCK_SIZE_B shrinks to what divides the batch; packed sequences have a block each.
+    every thread. BLOCK_SIZE_B shrinks to what divides the batch and fits in registers; packed sequences have a block each.
     """
     dims = static.dims
     itemsize = jnp.dtype(dtype).itemsize
@@ -177,6 +179,8 @@ def plan_update(static: Static, dtype: Any, knobs: Mapping[str, Any]) -> UpdateL
         raise Unsupported(f"{UPDATE}: the mosaic_gpu kernel needs D in multiples of {_THREADS}, got D={dims.D}")
     columns = max((width for width in widths if width <= knobs["BLOCK_SIZE_D"]), default=widths[-1])
     batch = 1 if dims.packed else gcd(_power_of_two(int(knobs["BLOCK_SIZE_B"])), dims.N_seq)
+    while batch * columns > _MAX_UPDATE_ELEMENTS * _THREADS:
+        batch //= 2
     if (dims.N_seq // batch + dims.packed) * (dims.D // columns) > _MAX_GRID:
         raise Unsupported(f"{UPDATE}: the mosaic_gpu kernel takes up to 2^31 - 1 thread blocks")
     return UpdateLaunch(columns, batch, RowLayout(1, min(16 // itemsize, columns // _THREADS)))

@@ -188,18 +188,18 @@ def _conv_update_cases() -> Iterator[Case]:
         yield _conv_update("Nemotron-H-8B", batch, 10240, ("standard",))
     odd = ("ci", "odd")
     for W in (2, 3, 4, 5, 6):
-        yield _conv_update(f"width {W}", 3, 64, odd, W=W)
-        yield _conv_update(f"width {W}, speculative", 4, 64, odd, W=W, spare_rows=3, lengths=(4, 1, 0, 2), spec=True)
+        yield _conv_update(f"width {W}", 3, 128, odd, W=W)
+        yield _conv_update(f"width {W}, speculative", 4, 128, odd, W=W, spare_rows=3, lengths=(4, 1, 0, 2), spec=True)
     yield _conv_update(
         "no slots, no bias, no activation", 4, 128, odd, "float32", slots=False, bias=False, activation=None
     )
     yield _conv_update("padding and null slot", 5, 128, odd, "float16", padding=True)
-    yield _conv_update("packed, zero lengths, tail", 4, 64, odd, "float32", lengths=(2, 0, 5, 1), tail=2)
-    yield _conv_update("speculative, padding, short pool", 4, 64, odd, spare_rows=1, lengths=(3, 2, 4, 1), spec=True,
+    yield _conv_update("packed, zero lengths, tail", 4, 128, odd, "float32", lengths=(2, 0, 5, 1), tail=2)
+    yield _conv_update("speculative, padding, short pool", 4, 128, odd, spare_rows=1, lengths=(3, 2, 4, 1), spec=True,
                        padding=True)  # fmt: skip
-    yield _conv_update("speculative, one token each", 4, 64, odd, spare_rows=2, spec=True)
+    yield _conv_update("speculative, one token each", 4, 128, odd, spare_rows=2, spec=True)
     yield _conv_update("37 channels", 3, 37, ("ci", "odd", "no-mosaic"), "float32")
-    yield _conv_update("more than 65,535 rows", 70_000, 64, ("large",))
+    yield _conv_update("more than 65,535 rows", 70_000, 128, ("large",))
 
 
 CASES: tuple[Case, ...] = (

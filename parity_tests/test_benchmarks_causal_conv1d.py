@@ -6,11 +6,15 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import gate
+from benchmarks import __main__ as command
+from benchmarks import gate, results, run_command, tune_command
 from benchmarks.implementations import JaxTwin, PeerImplementation, TorchOperands, TritonTwin
 from benchmarks.lab import Lab
-from benchmarks.op import Storage, draw
+from benchmarks.machine import Machine
+from benchmarks.op import Storage, Sweep, draw
 from benchmarks.ops import OPS, _causal_conv1d
+from benchmarks.timing import Sample
+from ssm_configs import Device, read_table
 from ssm_configs.spec import check_knobs
 
 from . import oracle
@@ -351,3 +355,84 @@ def test_an_autotuner_is_not_warmed_up_on_another_shape():
     assert not calls
     plain = PeerImplementation(CPU, dataclasses.replace(peer, autotunes=False), fla_fn)
     plain.compile(PREFILL, CASES[0], None)
+
+
+# -- from the command line
+
+
+class CountingClock(FakeClock):
+    def cold_us(self, calls, repeats):
+        for call in calls:
+            call.issue()
+            call.wait()
+        return [Sample(float(10 + i), 9.0, 20.0, ("kernel",)) for i, _ in enumerate(calls)]
+
+
+MACHINE = Machine(CPU, Device("NVIDIA H200", (9, 0)), CountingClock(None))
+
+
+@BOTH
+def test_tune_from_end_to_end(op, tmp_path, interpret):
+    if not interpret:
+        pytest.skip("runs the interpreters")
+    few = {"triton": op.candidates("triton", {"width": 4}, "float16")[-2:]}
+    short = dataclasses.replace(op, candidates=lambda twin, statics, dtype: few.get(twin, []), first_sizes=(10752,))
+    arguments = command.parser().parse_args(
+        ["tune", op.name, "--dtype", "float16", "--twin", "triton", "--sizes", "5376", "10752",
+         "--tables", str(tmp_path / "tables"), "--log", str(tmp_path / "log")]
+    )  # fmt: skip
+    assert tune_command.run(short, arguments, MACHINE) == 0
+    (path,) = (tmp_path / "tables" / op.name).iterdir()
+    assert path.name == "width=4,device_name=NVIDIA_H200,dtype=float16.json"
+    entries = read_table(path, op.spec, {"width": 4}).entries
+    assert [entry.size for entry in entries] == [5376, 10752]
+    assert entries[1].shared == few["triton"][0]
+    assert entries[1].tuned_at == dict(zip(op.spec.tuned_at, (2, 5376), strict=True))
+
+
+@BOTH
+def test_run_from_end_to_end(op, tmp_path, monkeypatch, interpret):
+    if not interpret:
+        pytest.skip("runs the interpreters")
+    monkeypatch.setattr(run_command, "COPY_SIZES", (1 << 12,))
+    monkeypatch.setattr(run_command, "select", lambda **_: [])
+    monkeypatch.setattr(run_command, "host_us", lambda call: 1.0)
+    small = [case for case in CASES if case.op == op.name][:2]
+    sweeps = {
+        str(i): Sweep((7,), lambda size, dtype, case=case: dataclasses.replace(case, name=f"{case.name}: T={size}"))
+        for i, case in enumerate(small)
+    }
+    short = dataclasses.replace(op, sweeps=sweeps)
+    arguments = command.parser().parse_args(
+        ["run", op.name, "--out", str(tmp_path), "--implementations", "triton", "xla"]
+    )
+    arguments.sweeps = list(sweeps)
+    assert run_command.run(short, arguments, MACHINE) == 0
+    _, rows = results.read(tmp_path / f"{op.name}.json")
+    assert [row.implementation for row in rows] == ["ceiling:copy", *("triton", "xla") * len(small)]
+    assert [row.dims.get("n_seq") for row in rows[1::2]] == [
+        len(case.options.get("lengths", ())) or None for case in small
+    ]
+    assert all(row.error is not None and row.error < 3e-3 and "state_dtype" not in row.dims for row in rows[1:])
+    assert len(list(tmp_path.glob("*.png"))) == len(small)
+
+
+@BOTH
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_a_pallas_candidate_launches_as_it_says(op, dtype):
+    """The kernels move knobs to the nearest launch that a shape has; such a candidate would be measured twice."""
+    from pallas_ssm._causal_conv1d_call import Static
+    from pallas_ssm._causal_conv1d_launch import plan_prefill, plan_update
+    from ssm_configs.contracts import causal_conv1d as contract
+
+    check, plan = (contract.check_prefill, plan_prefill) if op is PREFILL else (contract.check_update, plan_update)
+    case = op.case(max(op.sizes), {"width": 4}, dtype)
+    operands = op.operands(case)
+    dims = check(
+        {name: operand.shape for name, operand in operands.items()},
+        {name: operand.dtype for name, operand in operands.items()},
+    )
+    static = Static(op.name, dims, True, None, (dims.D,))
+    for knobs in op.candidates("pallas", {"width": 4}, dtype):
+        launch = plan(static, case.dtype, knobs)
+        assert {name: getattr(launch, name) for name in knobs} == knobs

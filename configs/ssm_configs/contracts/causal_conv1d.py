@@ -12,7 +12,15 @@ MAX_PARTS = 4
 PREFILL: tuple[str, ...] = (
     "x", "weight", "bias", "initial_state", "cu_seqlens", "conv_state", "state_indices", "has_initial_state",
 )  # fmt: skip
-UPDATE: tuple[str, ...] = ("x", "conv_state", "weight", "bias", "conv_state_indices", "cu_seqlens", "num_accepted_tokens")
+UPDATE: tuple[str, ...] = (
+    "x",
+    "conv_state",
+    "weight",
+    "bias",
+    "conv_state_indices",
+    "cu_seqlens",
+    "num_accepted_tokens",
+)
 _INDICES = ("cu_seqlens", "state_indices", "conv_state_indices", "num_accepted_tokens")
 
 
