@@ -47,9 +47,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         names = (*OWN, *(peer.implementation for peer in op.peers))
         command.add_argument("--implementations", nargs="+", default=names, choices=names, help="only these")
         command.add_argument("--clock", choices=CLOCKS, default="kineto", help="events: no profiler, but torch only")
-        command.add_argument(
-            "--peers-figures", type=Path, metavar="JSONL", help="quoted for peers that are not installed"
-        )
+        command.set_defaults(peers_figures=None)
+        if op.quoted_as:
+            command.add_argument(
+                "--peers-figures", type=Path, metavar="JSONL", help="quoted for peers that are not installed"
+            )
         command.add_argument("--out", type=Path, help="folder (default: benchmarks/results/<device>)")
 
 

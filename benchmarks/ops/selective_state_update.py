@@ -134,7 +134,7 @@ def _candidates(twin: str, statics: Mapping[str, int], dtype: str) -> list[Knobs
         if P % rows == 0
         and (P // rows % tiles == 0 or tiles % (P // rows) == 0)
         and rows * row_bytes >= 128 * 16
-        and (rows * tiles * row_bytes <= 48 * 1024 if use_tma else tiles == 1 and rows * N / 128 <= 64)
+        and (rows * tiles * row_bytes <= 48 * 1024 if use_tma else rows * tiles * N / 128 <= (64 if tiles == 1 else 16))
     ]
 
 
