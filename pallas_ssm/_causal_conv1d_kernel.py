@@ -50,9 +50,10 @@ def run(
             plgpu.Barrier(num_arrivals=launch.strips),
             plgpu.Barrier(),
         ],
-        # Channels last, so that blocks that run together read and write whole rows.
-        grid=(dims.B, row_blocks(static, launch.BLOCK_SIZE_T), dims.D // launch.BLOCK_SIZE_D),
-        grid_names=("batch", "rows", "channels"),
+        # One axis, because the others stop at 65,535; channels fastest, so that blocks that run together read and write
+        # whole rows.
+        grid=(dims.B * row_blocks(static, launch.BLOCK_SIZE_T) * (dims.D // launch.BLOCK_SIZE_D),),
+        grid_names=("block",),
         kernel_name="causal_conv1d",
         compiler_params=plgpu.CompilerParams(
             # A thread reads only what it has written itself or what a barrier has announced.
@@ -84,8 +85,10 @@ class _Block:
         self.static, self.launch, self.dims, self.refs = static, launch, static.dims, refs
         self.tile, self.taps, self.arrived, self.history_arrived = tile, taps, arrived, history_arrived
         self.history = self.dims.W - 1
-        self.batch, self.block = lax.axis_index("batch"), lax.axis_index("rows")
-        self.column = lax.axis_index("channels") * launch.BLOCK_SIZE_D
+        block, blocks = lax.axis_index("block"), row_blocks(static, launch.BLOCK_SIZE_T)
+        across = self.dims.D // launch.BLOCK_SIZE_D
+        self.batch, self.block = block // (across * blocks), block // across % blocks
+        self.column = block % across * launch.BLOCK_SIZE_D
         self.channels = pl.ds(self.column, launch.BLOCK_SIZE_D)
         self.layout = launch.layout.tile
         self.shape = (launch.strips, launch.BLOCK_SIZE_D)
@@ -148,7 +151,7 @@ class _Block:
         last = dims.N_seq if self.static.chunk_size is None else dims.N_seq - 1
 
         def first_block(n: jax.Array) -> jax.Array:
-            return (lax.div(self.bound(n), unit) + n) * (unit // rows)
+            return (lax.div(self.bound(n), jnp.int32(unit)) + n) * (unit // rows)
 
         n = jnp.int32(0)
         for step in (1 << i for i in reversed(range(last.bit_length()))):
@@ -206,7 +209,7 @@ class _Block:
                 tile[pl.ds(0, launch.strips), at + k] = y.astype(tile.dtype)
             return tuple(rows[launch.unroll :])
 
-        lax.fori_loop(0, strip_rows // launch.unroll, step, tuple(window))
+        lax.fori_loop(jnp.int32(0), jnp.int32(strip_rows // launch.unroll), step, tuple(window))
         if self.static.chunk_size is not None:
 
             @pl.when(count < launch.BLOCK_SIZE_T)
@@ -248,7 +251,7 @@ class _Block:
             kept = self.tokens(i) if value is None else jnp.broadcast_to(value.astype(dtype), self.shape)
             self.tile[pl.ds(0, launch.strips), i] = select(strip + i < count, kept, 0.0)
 
-        lax.fori_loop(0, launch.strip_rows, row, None)
+        lax.fori_loop(jnp.int32(0), jnp.int32(launch.strip_rows), row, None)
 
     def store(self, count: jax.Array) -> None:
         """The block's rows of y; only the first `count` where another sequence's may follow."""
@@ -275,12 +278,14 @@ class _Block:
                 store = partial(copy, g, 0, rows)
                 store() if where is None else pl.when(where(g))(store)
 
-        if not self.dims.packed or self.static.chunk_size is not None:
+        # What hangs over the array's end is dropped, what hangs over a batch row's end would be the next one's first rows.
+        dense = not self.dims.packed and (self.dims.B == 1 or self.dims.T % launch.BLOCK_SIZE_T == 0)
+        if dense or self.static.chunk_size is not None:
             whole_strips(None)
             return
         whole_strips(lambda g: count >= (g + 1) * rows)
         # What is left of a strip, in powers of two: a copy cannot be masked.
-        g, left = lax.div(count, rows), lax.rem(count, rows)
+        g, left = lax.div(count, jnp.int32(rows)), lax.rem(count, jnp.int32(rows))
         at: Any = 0
         size = rows // 2
         while size:

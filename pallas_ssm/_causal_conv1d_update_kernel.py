@@ -34,8 +34,9 @@ def run(static: Static, launch: UpdateLaunch, floats: Floats, integers: Integers
         out_type=jax.ShapeDtypeStruct(x.shape, x.dtype),
         scratch_types=[plgpu.SMEM((dims.W + 1, launch.BLOCK_SIZE_D), jnp.float32)],
         # Packed, one more sequence than there are: its blocks zero the rows that belong to nobody.
-        grid=(dims.N_seq // launch.BLOCK_SIZE_B + dims.packed, dims.D // launch.BLOCK_SIZE_D),
-        grid_names=("sequences", "channels"),
+        # One axis, because the others stop at 65,535.
+        grid=((dims.N_seq // launch.BLOCK_SIZE_B + dims.packed) * (dims.D // launch.BLOCK_SIZE_D),),
+        grid_names=("block",),
         kernel_name="causal_conv1d_update",
         compiler_params=plgpu.CompilerParams(
             # A thread reads only what it has written itself or what a barrier has announced.
@@ -62,8 +63,9 @@ class _Block:
     def __init__(self, static: Static, launch: UpdateLaunch, refs: Any, shared: Any):
         self.static, self.launch, self.dims, self.refs, self.shared = static, launch, static.dims, refs, shared
         self.history = self.dims.W - 1
-        self.first = lax.axis_index("sequences") * launch.BLOCK_SIZE_B
-        self.channels = pl.ds(lax.axis_index("channels") * launch.BLOCK_SIZE_D, launch.BLOCK_SIZE_D)
+        block, across = lax.axis_index("block"), self.dims.D // launch.BLOCK_SIZE_D
+        self.first = block // across * launch.BLOCK_SIZE_B
+        self.channels = pl.ds(block % across * launch.BLOCK_SIZE_D, launch.BLOCK_SIZE_D)
         self.layout = launch.layout.tile
 
     # One token for every sequence.
@@ -158,7 +160,9 @@ class _Block:
                 window = tuple(select(there, new, old) for new, old in zip(moved, window, strict=True))
             return window
 
-        window = lax.fori_loop(0, lax.div(end - begin + (_TOKENS - 1), _TOKENS), some, tuple(window))
+        window = lax.fori_loop(
+            jnp.int32(0), lax.div(end - begin + (_TOKENS - 1), jnp.int32(_TOKENS)), some, tuple(window)
+        )
         if not speculative:
             self.keep(slot, window)
 

@@ -2,8 +2,9 @@
 
     python -m parity_tests.gates_mosaic --arch sm_90a --rows '[{"P": 64, "N": 128, "state_dtype": "float32", …}]'
 
-prints a JSON list, one object a row: the launch, registers, stack and spilled bytes of a thread, shared memory of a block,
-bytes of the donated state that the program updates in place, and copies of the state in its optimised HLO. A process of
+A row is of `selective_state_update` unless it names another `op`. This prints a JSON list, one object a row: the launch,
+registers, stack and spilled bytes of a thread, shared memory of a block, bytes of the donated state (0 for a call without one)
+that the program updates in place, and copies of the state in its optimised HLO. A process of
 its own for each architecture, because XLA's compiler keeps the first one it sees; and apart from the interpreter's.
 """
 
@@ -15,18 +16,20 @@ import os
 import re
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 TARGETS = Path(__file__).parent / "data/targets"
 ARCHITECTURES = ("sm_90a", "sm_100a", "sm_120a")
-KNOBS = ("BLOCK_SIZE_M", "tiles_per_block", "use_tma")
 _SHORT = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
 
+Arrays = dict[str, tuple[tuple[int, ...], str]]
+"""Shapes and dtypes by argument."""
 
-def shapes(row: Mapping[str, Any]) -> tuple[dict[str, tuple[tuple[int, ...], str]], dict[str, Any]]:
-    """(arrays' shapes and dtypes, other keywords) of a row's call.
+
+def selective_state_update(row: Mapping[str, Any]) -> tuple[Arrays, dict[str, Any]]:
+    """(arrays, other keywords) of a row's call.
 
     By default what serving runs: tied dt, A and D, dt_bias, softplus, slots; x in bfloat16, Nemotron-H's heads and groups.
     A row may ask for `untied`, `z`, `dst`, `padding` (a null slot), `packed`, `speculative`, `rounding`, and other sizes.
@@ -37,7 +40,7 @@ def shapes(row: Mapping[str, Any]) -> tuple[dict[str, tuple[tuple[int, ...], str
     )
     tokens = 4 * B if row.get("packed") else B
     untied, x_dtype = row.get("untied"), row.get("dtype", "bfloat16")
-    arrays: dict[str, tuple[tuple[int, ...], str]] = {
+    arrays: Arrays = {
         "state": ((S, H, P, N), row["state_dtype"]),
         "x": ((tokens, H, P), x_dtype),
         "dt": ((tokens, H, P) if untied else (tokens, H), x_dtype),
@@ -63,6 +66,60 @@ def shapes(row: Mapping[str, Any]) -> tuple[dict[str, tuple[tuple[int, ...], str
     return arrays, {"dt_softplus": True, "null_slot": 0 if row.get("padding") else None}
 
 
+def causal_conv1d(row: Mapping[str, Any]) -> tuple[Arrays, dict[str, Any]]:
+    """The same for a prompt of T tokens by D channels, with a bias and SiLU; W, dtype and D are the row's.
+
+    A row may ask for `sequences` (packed, so many), `pool` with its null slot, `initial` states, `sizes` and `chunk_size`.
+    """
+    B, T, D, W, N_seq = row.get("B", 1), row.get("T", 8192), row["D"], row["W"], row.get("sequences")
+    dtype = row["dtype"]
+    arrays: Arrays = {"x": ((B, T, D), dtype), "weight": ((D, W), dtype), "bias": ((D,), dtype)}
+    keywords: dict[str, Any] = {name: row[name] for name in ("sizes", "chunk_size") if name in row}
+    if N_seq is not None:
+        arrays["cu_seqlens"] = (N_seq + 1,), "int32"
+    if row.get("initial"):
+        arrays["initial_state"] = (N_seq or B, W - 1, D), dtype
+    if row.get("pool"):
+        arrays["conv_state"] = (row.get("S", 64), W - 1, D), dtype
+        arrays["state_indices"] = (N_seq or B,), "int32"
+        arrays["has_initial_state"] = (N_seq or B,), "bool"
+        keywords["null_slot"] = 0
+    return arrays, keywords | {"activation": "silu"}
+
+
+def causal_conv1d_update(row: Mapping[str, Any]) -> tuple[Arrays, dict[str, Any]]:
+    """The same for B sequences, with a bias, SiLU, slots and a null slot. A row may ask for `packed` and `speculative`."""
+    B, D, W, dtype = row["B"], row["D"], row["W"], row["dtype"]
+    speculative = row.get("speculative")
+    tokens = 4 * B if row.get("packed") else B
+    arrays: Arrays = {
+        "x": ((tokens, D), dtype),
+        "conv_state": ((row.get("S", B + 8), W - 1 + 3 * bool(speculative), D), dtype),
+        "weight": ((D, W), dtype),
+        "bias": ((D,), dtype),
+        "conv_state_indices": ((B,), "int32"),
+    }
+    if row.get("packed"):
+        arrays["cu_seqlens"] = (B + 1,), "int32"
+    if speculative:
+        arrays["num_accepted_tokens"] = (B,), "int32"
+    return arrays, {"activation": "silu", "null_slot": 0}
+
+
+class Op(NamedTuple):
+    call: Callable[[Mapping[str, Any]], tuple[Arrays, dict[str, Any]]]
+    state: str
+    """The argument that is updated in place, where it is given."""
+    knobs: tuple[str, ...]
+
+
+OPS = {
+    "selective_state_update": Op(selective_state_update, "state", ("BLOCK_SIZE_M", "tiles_per_block", "use_tma")),
+    "causal_conv1d": Op(causal_conv1d, "conv_state", ("BLOCK_SIZE_T", "BLOCK_SIZE_D")),
+    "causal_conv1d_update": Op(causal_conv1d_update, "conv_state", ("BLOCK_SIZE_D", "BLOCK_SIZE_B")),
+}
+
+
 class Compiler:
     """Ahead-of-time compilation for one architecture. Make it before jax is imported anywhere else in the process."""
 
@@ -79,8 +136,8 @@ class Compiler:
         self._device = topology.devices[0]
         self._sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
 
-    def compile(self, arrays: Mapping[str, tuple[tuple[int, ...], str]], function, donate: bool) -> Any:
-        """`function(state, others)`."""
+    def compile(self, arrays: Arrays, function: Callable[..., Any], donated: str | None = None) -> Any:
+        """`function(**arrays)`, with the array `donated` given away."""
         import jax
 
         for file in self._dump.iterdir():
@@ -91,9 +148,7 @@ class Compiler:
         }
         # The lowering, and our choice of a launch, take the default device's architecture.
         with jax.default_device(self._device):
-            return (
-                jax.jit(function, donate_argnums=0 if donate else ()).lower(abstract.pop("state"), abstract).compile()
-            )
+            return jax.jit(function, donate_argnames=donated).lower(**abstract).compile()
 
     def resources(self) -> dict[str, int]:
         """What ptxas says of the last compile's kernel."""
@@ -117,30 +172,31 @@ class Compiler:
 
 
 def compile_row(compiler: Compiler, row: Mapping[str, Any]) -> dict[str, Any]:
-    """`row` with what its program uses; no registers and the like where it asks for the XLA form."""
     import pallas_ssm
 
-    arrays, keywords = shapes(row)
-    keywords["implementation"] = row.get("implementation", "mosaic_gpu")
+    name = row.get("op", "selective_state_update")
+    op = OPS[name]
+    arrays, keywords = op.call(row)
+    function = f"{name}_split" if "sizes" in keywords else name
     launch = None
 
-    def call(state, others):
+    def call(**given):
         nonlocal launch
-        launch = pallas_ssm.explain("selective_state_update", state, **others, **keywords).launch
-        return pallas_ssm.selective_state_update(state, **others, **keywords)
+        launch = pallas_ssm.explain(function, **given, **keywords, implementation="mosaic_gpu").launch
+        return getattr(pallas_ssm, function)(**given, **keywords, implementation="mosaic_gpu")
 
-    knobs = {name: row[name] for name in KNOBS if name in row}
-    pin = pallas_ssm.override("selective_state_update", twin="pallas", **knobs) if knobs else contextlib.nullcontext()
+    knobs = {name: row[name] for name in op.knobs if name in row}
+    pin = pallas_ssm.override(name, twin="pallas", **knobs) if knobs else contextlib.nullcontext()
     with pin:
-        compiled = compiler.compile(arrays, call, donate=row.get("donate", True))
-    used = {}
-    if launch is not None:
-        used = {"launched": {name: getattr(launch, name) for name in KNOBS}, **compiler.resources()}
-    shape, dtype = arrays["state"]
+        donated = op.state if op.state in arrays and row.get("donate", True) else None
+        compiled = compiler.compile(arrays, call, donated)
+    assert launch is not None
+    shape, dtype = arrays.get(op.state, ((0,), "float32"))
     state = re.escape(f"{_SHORT[dtype]}[{','.join(map(str, shape))}]")
     return {
         **row,
-        **used,
+        "launched": {name: getattr(launch, name) for name in op.knobs},
+        **compiler.resources(),
         "state_bytes": math.prod(shape) * (4 if dtype == "float32" else 2),
         "alias_bytes": compiled.memory_analysis().alias_size_in_bytes,
         "state_copies": len(re.findall(rf"= {state}\S* copy(?:-start)?\(", compiled.as_text())),
