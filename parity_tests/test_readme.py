@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import table
+
 README = (Path(__file__).parents[1] / "README.md").read_text("utf-8")
 EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
@@ -21,3 +23,9 @@ def test_example(example: str):
     # The environment of the session: TRITON_INTERPRET=1 and JAX on the CPU.
     done = subprocess.run([sys.executable, "-W", "error", "-c", example], capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_speed_table_is_that_of_the_committed_results():
+    """`python -m benchmarks table --write` renews it."""
+    assert table.in_readme(README, table.table()) == README
+    assert table.table().count("\n| decode step") == 6

@@ -1,0 +1,107 @@
+"""`python -m benchmarks table`: the README's speed table, from the committed results and nothing else."""
+
+import argparse
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+RESULTS = Path(__file__).parent / "results"
+README = Path(__file__).parents[1] / "README.md"
+BEGIN, END = "<!-- speed -->\n", "<!-- /speed -->"
+COLUMNS = {
+    "triton": "`triton_ssm`",
+    "mosaic_gpu": "`pallas_ssm`",
+    "xla": "XLA",
+    "peer:vllm": "vLLM",
+    "peer:mamba_ssm": "mamba_ssm",
+    "peer:fla": "FLA",
+}
+
+
+class Line(NamedTuple):
+    """One line of the table: how it is called, and the row's case and dims that it shows."""
+
+    title: str
+    case: str
+    dims: dict[str, Any]
+
+
+LINES = {
+    "selective_state_update": tuple(
+        Line(
+            f"decode step, {size // 128} × 128 heads, {dtype} state",
+            f"E={size}",
+            {"state_dtype": dtype},
+        )
+        for dtype in ("float32", "bfloat16")
+        for size in (1024, 8192, 65536)
+    ),
+    "causal_conv1d": (),
+    "causal_conv1d_update": (),
+}
+
+
+def table(device: str = "NVIDIA_H200") -> str:
+    """Markdown: µs of device time, cold L2, median; what an implementation was not measured for stays empty."""
+    header = ["", *COLUMNS.values(), "copy of the same bytes"]
+    lines = [header, ["---", *["---:"] * (len(header) - 1)]]
+    used: set[str] = set()
+    versions: dict[str, str] = {}
+    for op, wanted in LINES.items():
+        path = RESULTS / device / f"{op}.json"
+        if not wanted or not path.exists():
+            continue
+        results = json.loads(path.read_text("utf-8"))
+        versions |= results["versions"]
+        for line in wanted:
+            rows = {row["implementation"]: row for row in _matching(results["rows"], line)}
+            used |= rows.keys()
+            cells = [_cell(rows.get(name)) for name in COLUMNS]
+            lines.append([line.title, *cells, f"{next(iter(rows.values()))['floor_us']:.1f}"])
+    keep = [i for i, name in enumerate(COLUMNS, 1) if name in used]
+    keep = [0, *keep, len(header) - 1]
+    rendered = "\n".join("| " + " | ".join(line[i] for i in keep) + " |" for line in lines)
+    software = ", ".join(
+        f"{name} {versions[name]}" for name in ("torch", "triton", "jax", "vllm", "mamba_ssm") if name in versions
+    )
+    return (
+        f"## Speed\n\nMicroseconds on one {device.replace('_', ' ')} (driver {versions['driver']}; {software}): device time, "
+        "cold L2, median, random data,\nall in one process. Shapes: headdim 64, dstate 128, 8 groups, bf16 activations. "
+        "The copy moves the operator's minimum bytes at the\nmeasured copy bandwidth. All rows, and the models' own shapes, "
+        f"are in `benchmarks/results/{device}`.\n\n{rendered}\n"
+    )
+
+
+def _matching(rows: list[dict[str, Any]], line: Line) -> Iterator[dict[str, Any]]:
+    for row in rows:
+        if row["case"] == line.case and all(row["dims"].get(key) == value for key, value in line.dims.items()):
+            yield row
+
+
+def _cell(row: dict[str, Any] | None) -> str:
+    return "" if row is None else f"{row['us']:.1f}"
+
+
+def in_readme(text: str, new: str) -> str:
+    """The README's text with the table put between its marks."""
+    before, _, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not end:
+        raise ValueError(f"README: expected {BEGIN.strip()} and {END}")
+    return before + BEGIN + new + END + after
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--write", action="store_true", help="put it into the README")
+
+
+def validate(arguments: argparse.Namespace) -> None:
+    """Nothing that argparse cannot see."""
+
+
+def main(arguments: argparse.Namespace) -> int:
+    print(table())
+    if arguments.write:
+        README.write_text(in_readme(README.read_text("utf-8"), table()), "utf-8")
+    return 0
