@@ -118,6 +118,7 @@ def _initial(static: Static, floats: Floats, integers: Integers) -> tuple[jax.Ar
         return zeros, slot, padding, live
     if not static.pool:
         return floats.state, slot, padding, live
+    assert integers.has_initial is not None
     has = live & ~padding & integers.has_initial
     history = jnp.where(has[:, None, None], floats.state[jnp.where(has, slot, 0), :H], zeros)
     return history, slot, padding, live

@@ -204,7 +204,12 @@ def _mark(y: jax.Array, padding: jax.Array, good: jax.Array) -> jax.Array:
 
 def _keep(static: Static, state: jax.Array, h: jax.Array, slot: jax.Array, key: jax.Array | None) -> jax.Array:
     """`state` with h [n,H,P,N] in its slots; slot S is dropped."""
-    return state.at[slot].set(_stored(static, h, slot, state.dtype, key), mode="drop")
+    stored = _stored(static, h, slot, state.dtype, key)
+    # Where two rows may go to one place, XLA writes 16-bit elements by compare-and-swap, several times slower. So what is
+    # dropped gets places of its own, too.
+    S = static.dims.S
+    slot = jnp.where(slot < S, slot, S + jnp.arange(slot.shape[0], dtype=slot.dtype))
+    return state.at[slot].set(stored, mode="drop", unique_indices=True)
 
 
 def _stored(static: Static, h: jax.Array, slot: jax.Array, dtype: jnp.dtype, key: jax.Array | None) -> jax.Array:

