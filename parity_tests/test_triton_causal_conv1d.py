@@ -154,7 +154,8 @@ def test_views_into_larger_buffers():
     wide[:, :, 7:39] = x
     pool = torch.full((*keywords["conv_state"].shape[:2], 3, 32), 7, dtype=x.dtype)
     pool[:, :, 1] = keywords["conv_state"]
-    y, _ = triton_ssm.causal_conv1d(wide[:, :, 7:39], weight, **keywords | {"conv_state": pool[:, :, 1]})
+    keywords["conv_state"] = pool[:, :, 1]
+    y, _ = triton_ssm.causal_conv1d(wide[:, :, 7:39], weight, **keywords)
     assert torch.equal(y, expected) and torch.equal(pool[:, :, 1], state)
     assert (pool[:, :, 0] == 7).all() and (pool[:, :, 2] == 7).all()
 
