@@ -81,7 +81,7 @@ def _candidates(twin: str, statics: Mapping[str, int], dtype: str) -> list[Knobs
     return [
         {"BLOCK_SIZE_D": channels, "BLOCK_SIZE_B": sequences}
         for channels in (128, 256, 512, 1024, 2048)
-        for sequences in (1, 2, 4, 8)
+        for sequences in (1, 2, 4)
         if channels * sequences <= 4096
     ]
 
