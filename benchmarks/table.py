@@ -75,8 +75,8 @@ def table(device: str = "NVIDIA_H200") -> str:
         f"## Speed\n\nMicroseconds on one {device.replace('_', ' ')} (driver {versions['driver']}; {software}): device time, "
         "cold L2, median, random data,\neach operator in one process. Decode: headdim 64, dstate 128, 8 groups. Convolution: "
         "width 4, bias, SiLU, a pool of states.\nActivations are bf16. The copy moves the operator's minimum bytes at the "
-        "measured copy bandwidth. FLA runs\nits packed form, with the config that its own autotuner chose for the first shape it "
-        f"met. All rows and plots are in\n`benchmarks/results/{device}`.\n\n{rendered}\n"
+        "measured copy bandwidth. FLA runs\nits packed form, with the config that its own autotuner chose for the first "
+        f"shape it met. All rows and plots are in\n`benchmarks/results/{device}`.\n\n{rendered}\n"
     )
 
 

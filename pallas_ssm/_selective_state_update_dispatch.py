@@ -71,8 +71,6 @@ def prepare(
         if name not in arrays:
             raise TypeError(f"{name}: expected an array, got None")
     dims = _arguments.checked(contract.check, arrays, null_slot, rounding_seed is not None)
-    if dims.S == 0:
-        raise ValueError("state: expected at least one slot, got S=0")
     _arguments.check_seed(rounding_seed, kinds)
     _arguments.check_slot_values(arrays, dims)
     return Prepared(Static(dims, dt_softplus, null_slot), arrays, rounding_seed)

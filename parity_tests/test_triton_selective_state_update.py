@@ -191,6 +191,7 @@ def test_padding_rows_beyond_no_sequence_are_zero():
 
 ERRORS = {
     "state rank": (lambda a, k: a.__setitem__(0, a[0][0, 0]), ValueError, r"state: expected rank 4 .* got rank 2"),
+    "no slot": (lambda a, k: a.__setitem__(0, a[0][:0]), ValueError, r"state: expected at least one slot, got S=0"),
     "x rank": (lambda a, k: a.__setitem__(1, a[1][0]), ValueError, r"x: expected rank 3 \[T, H, P\], got rank 2"),
     "x shape": (lambda a, k: a.__setitem__(1, a[1][:, :, 1:]), ValueError, r"x: expected shape \(T=3, H=2, P=8\), got"),
     "dt shape": (lambda a, k: a.__setitem__(2, a[2][:2]), ValueError, r"dt: expected shape \(T=3, H=2\) or"),

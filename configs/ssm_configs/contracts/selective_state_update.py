@@ -71,6 +71,8 @@ def check(
     H = G = 1
     if not headless:
         H = given["state"][1]
+    if S < 1:
+        raise ValueError("state: expected at least one slot, got S=0")
     for size, dim in ((H, "H"), (P, "P"), (N, "N")):
         if size < 1:
             raise ValueError(f"state: expected {dim} >= 1, got shape {format_shape(given['state'])}")
