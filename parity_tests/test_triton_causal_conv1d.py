@@ -160,6 +160,15 @@ def test_views_into_larger_buffers():
     assert (pool[:, :, 0] == 7).all() and (pool[:, :, 2] == 7).all()
 
 
+def test_explain_takes_the_call_and_says_what_it_would_launch():
+    arguments, keywords = prompt()
+    assert "width=4, bfloat16, size 416" in str(triton_ssm.explain(PREFILL, *arguments, **keywords))
+    split = triton_ssm.explain("causal_conv1d_split", *arguments, (16, 16), chunk_size=16, **keywords)
+    assert split.config == triton_ssm.explain(PREFILL, *arguments, **keywords).config
+    arguments, keywords = step()
+    assert "width=4, bfloat16, size 96" in str(triton_ssm.explain(UPDATE, *arguments, **keywords))
+
+
 def test_out_is_used():
     (x, weight), keywords = prompt()
     out = torch.empty_like(x)

@@ -295,5 +295,15 @@ def test_every_integer_a_kernel_takes_is_read():
 def test_sizes_that_change_from_call_to_call_are_not_specialised():
     kernel = inspect.getsource(kernel_module)
     assert 'do_not_specialize=["n_tokens", "n_sequences", "n_slots", "null_slot"]' in kernel
-    explained = str(triton_ssm.explain(OP, dtype="float32", size=1024, device="cpu", headdim=64, dstate=128))
-    assert "NVIDIA H200" in explained
+
+
+def test_explain_takes_the_call_and_says_what_it_would_launch():
+    arguments, keywords = arguments_of(small())
+    explained = triton_ssm.explain(OP, *arguments, **keywords)
+    assert "on NVIDIA H200: headdim=8, dstate=16, float32, size 6" in str(explained)
+    with override(OP, BLOCK_SIZE_M=2, num_warps=1):
+        assert triton_ssm.explain(OP, *arguments, **keywords).config["BLOCK_SIZE_M"] == 2
+    with pytest.raises(TypeError, match="explain: selective_state_update has no argument 'zz'"):
+        triton_ssm.explain(OP, *arguments, **keywords, zz=1)
+    with pytest.raises(ValueError, match="op: expected one of"):
+        triton_ssm.explain("nonsense")

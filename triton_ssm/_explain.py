@@ -1,24 +1,32 @@
 """Which launch parameters a call would get, and why."""
 
-import torch
+from typing import Any
 
 import ssm_configs
 
-from ._device import tuning_device
+from .causal_conv1d import config_request as _causal_conv1d
+from .causal_conv1d_update import config_request as _causal_conv1d_update
+from .selective_state_update import config_request as _selective_state_update
+
+_OPS = {
+    "selective_state_update": ("selective_state_update", _selective_state_update),
+    "causal_conv1d": ("causal_conv1d", _causal_conv1d),
+    "causal_conv1d_split": ("causal_conv1d", _causal_conv1d),
+    "causal_conv1d_update": ("causal_conv1d_update", _causal_conv1d_update),
+}
 
 
-def explain(
-    op: str, *, dtype: str, size: int, device: torch.device | str = "cuda", **static: int
-) -> ssm_configs.Explanation:
-    """Every rule of the look-up in order, and the one that decides; `str()` of the result is meant for people.
+def explain(op: str, *args: Any, **kwargs: Any) -> ssm_configs.Explanation:
+    """Every rule of the look-up that `op` would do for these arguments, in order, and the one that decides; nothing runs.
+
+    `str()` of the result is meant for people.
 
     Args:
-        op: the operator's name, "selective_state_update".
-        dtype: what its tables are filed under, for this operator the state's dtype.
-        size: what their rows count, for this operator sequences × heads.
-        device: where the call would run.
-        **static: the table's other dimensions, for this operator headdim and dstate.
+        op: the operator's name, say "selective_state_update".
+        *args, **kwargs: those of the operator, whose errors are raised here too.
     """
-    return ssm_configs.explain(
-        op, twin="triton", device=tuning_device(torch.device(device)), dtype=dtype, size=size, **static
-    )
+    if op not in _OPS:
+        raise ValueError(f"op: expected one of {tuple(_OPS)}, got {op!r}")
+    table, request = _OPS[op]
+    kwargs.pop("out", None)  # where y goes has no say in how it is computed
+    return ssm_configs.explain(table, **request(*args, **kwargs))

@@ -122,14 +122,7 @@ def _run(
     pool = conv_state is not None
     history = conv_state if pool else _arguments.dense(initial_state)
     final = conv_state if pool else torch.empty(dims.N_seq, dims.W - 1, dims.D, dtype=x.dtype, device=x.device)
-    config = lookup(
-        "causal_conv1d",
-        twin="triton",
-        device=tuning_device(x.device),
-        dtype=_arguments.dtype_name(x.dtype),
-        size=dims.B * dims.T * dims.D,
-        width=dims.W,
-    )
+    config = lookup("causal_conv1d", **_request(x, dims))
     x = x if x.stride(2) == 1 or dims.D == 1 else x.contiguous()
 
     # No program but a sequence's first may reach back to the state, which that one replaces.
@@ -171,6 +164,27 @@ def _check(
     if named["conv_state"] is not None:
         _arguments.check_dense_channels("conv_state", named["conv_state"])
     return dims
+
+
+def config_request(
+    x, weight, sizes=None, *, chunk_size=None, activation=None, null_slot=None, **optional
+) -> dict[str, Any]:  # fmt: skip
+    """What a call with these arguments asks the tuning table for."""
+    named = dict.fromkeys(contract.PREFILL[2:]) | optional
+    tensors = (x, weight, *(named.pop(name) for name in contract.PREFILL[2:]))
+    if named:
+        raise TypeError(f"explain: causal_conv1d has no argument {', '.join(map(repr, named))}")
+    return _request(x, _check(tensors, activation, null_slot, None if sizes is None else tuple(sizes), chunk_size))
+
+
+def _request(x: torch.Tensor, dims: contract.Dims) -> dict[str, Any]:
+    return {
+        "twin": "triton",
+        "device": tuning_device(x.device),
+        "dtype": _arguments.dtype_name(x.dtype),
+        "size": dims.B * dims.T * dims.D,
+        "width": dims.W,
+    }
 
 
 def _outputs(x: torch.Tensor, dims: contract.Dims, sizes: tuple[int, ...] | None, out: Any) -> tuple[torch.Tensor, ...]:

@@ -69,14 +69,7 @@ def causal_conv1d_update(
     _arguments.check_slots_on_host("conv_state_indices", conv_state_indices, dims.S)
     _arguments.check_bounds_on_host(cu_seqlens, dims.T)
     y = _arguments.output_like(x, out)
-    config = lookup(
-        "causal_conv1d_update",
-        twin="triton",
-        device=tuning_device(x.device),
-        dtype=_arguments.dtype_name(x.dtype),
-        size=dims.N_seq * dims.D,
-        width=dims.W,
-    )
+    config = lookup("causal_conv1d_update", **_request(x, dims))
     if dims.T == 0:
         return y
 
@@ -110,3 +103,22 @@ def _check(tensors: tuple[Any, ...], activation: object, null_slot: int | None) 
     dims = _arguments.checked(contract.check_update, named, null_slot=null_slot)
     _arguments.check_dense_channels("conv_state", named["conv_state"])
     return dims
+
+
+def config_request(x, conv_state, weight, *, activation=None, null_slot=None, **optional) -> dict[str, Any]:
+    """What a call with these arguments asks the tuning table for."""
+    named = dict.fromkeys(contract.UPDATE[3:]) | optional
+    tensors = (x, conv_state, weight, *(named.pop(name) for name in contract.UPDATE[3:]))
+    if named:
+        raise TypeError(f"explain: causal_conv1d_update has no argument {', '.join(map(repr, named))}")
+    return _request(x, _check(tensors, activation, null_slot))
+
+
+def _request(x: torch.Tensor, dims: contract.Dims) -> dict[str, Any]:
+    return {
+        "twin": "triton",
+        "device": tuning_device(x.device),
+        "dtype": _arguments.dtype_name(x.dtype),
+        "size": dims.N_seq * dims.D,
+        "width": dims.W,
+    }

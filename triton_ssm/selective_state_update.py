@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from ssm_configs import Device, lookup
+from ssm_configs import lookup
 from ssm_configs.contracts import selective_state_update as contract
 
 from . import _arguments
@@ -100,15 +100,7 @@ def selective_state_update(
     _arguments.check_bounds_on_host(cu_seqlens, dims.T)
     y = _arguments.output_like(x, out)
     seed = _arguments.seed_tensor(rounding_seed, state.device)
-    config = lookup(
-        "selective_state_update",
-        twin="triton",
-        device=plan.device,
-        dtype=plan.state_dtype,
-        size=dims.N_seq * dims.H,
-        headdim=dims.P,
-        dstate=dims.N,
-    )
+    config = lookup("selective_state_update", **plan.request)
     if dims.T == 0:
         return y
 
@@ -139,8 +131,8 @@ class _Plan:
     """All that follows from the shapes, strides, dtypes and options of a legal call, worked out once for all like it."""
 
     dims: contract.Dims
-    device: Device
-    state_dtype: str
+    request: dict[str, Any]
+    """What the tuning table is asked for."""
     views: tuple[tuple[int, Callable[[torch.Tensor], torch.Tensor]], ...]
     """Which tensors reach the kernel in another form, and how."""
     strides: tuple[int, ...]
@@ -177,8 +169,14 @@ def _make_plan(tensors: tuple, dt_softplus: bool, null_slot: int | None, stochas
     order = list(named)
     return _Plan(
         dims,
-        tuning_device(tensors[0].device),
-        _arguments.dtype_name(tensors[0].dtype),
+        {
+            "twin": "triton",
+            "device": tuning_device(tensors[0].device),
+            "dtype": _arguments.dtype_name(tensors[0].dtype),
+            "size": dims.N_seq * dims.H,
+            "headdim": dims.P,
+            "dstate": dims.N,
+        },
         tuple((order.index(name), view) for name, view in views.items()),
         (_slot_stride(tensors[0], dims), *(_arguments.row_stride(named[name]) for name in ("x", "dt", "B", "C", "z"))),
         (
@@ -190,6 +188,17 @@ def _make_plan(tensors: tuple, dt_softplus: bool, null_slot: int | None, stochas
 
 def next_power_of_2(size: int) -> int:
     return 1 << (size - 1).bit_length()
+
+
+def config_request(
+    state, x, dt, A, B, C, *, dt_softplus=False, null_slot=None, rounding_seed=None, **optional
+) -> dict[str, Any]:  # fmt: skip
+    """What a call with these arguments asks the tuning table for."""
+    named = dict.fromkeys(contract.OPTIONAL) | optional
+    tensors = (state, x, dt, A, B, C, *(named.pop(name) for name in contract.OPTIONAL))
+    if named:
+        raise TypeError(f"explain: selective_state_update has no argument {', '.join(map(repr, named))}")
+    return _make_plan(tensors, dt_softplus, null_slot, rounding_seed is not None).request
 
 
 def _slot_stride(state: torch.Tensor, dims: contract.Dims) -> int:
