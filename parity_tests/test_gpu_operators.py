@@ -123,3 +123,19 @@ def test_compute_sanitizer(tool):
         pytest.skip("compute-sanitizer does not support this machine")
     assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
     assert "0 errors" in done.stdout + done.stderr or "ERROR SUMMARY: 0" in done.stdout + done.stderr
+
+
+def test_a_strided_out_gets_a_kernel_of_its_own():
+    """A launch that is remembered for a dense out must not serve one whose rows are not 16-byte aligned."""
+    import torch
+
+    import triton_ssm
+
+    x = torch.randn(8, 512, device="cuda", dtype=torch.bfloat16)
+    weight = torch.randn(512, 4, device="cuda", dtype=torch.bfloat16)
+    state = torch.randn(8, 3, 512, device="cuda", dtype=torch.bfloat16)
+    expected = triton_ssm.causal_conv1d_update(x, state.clone(), weight)
+    for width in (513, 520, 512):
+        out = torch.full((8, width), float("nan"), device="cuda", dtype=torch.bfloat16)
+        triton_ssm.causal_conv1d_update(x, state.clone(), weight, out=out[:, :512])
+        assert torch.equal(out[:, :512], expected) and out[:, 512:].isnan().all()

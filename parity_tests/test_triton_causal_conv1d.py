@@ -307,3 +307,23 @@ def test_state_layouts_stay_bits():
     triton_ssm.causal_conv1d_update(x, state, weight, **keywords)
     slots = keywords["conv_state_indices"].long()
     assert from_torch(state[slots, 2]).tobytes() == np.ascontiguousarray(expected).tobytes()
+
+
+def test_a_remembered_launch_is_for_the_same_integers(monkeypatch: pytest.MonkeyPatch):
+    """What Triton specialises on (an out's row stride among it) must be in the key under which a launch is remembered."""
+    from triton_ssm import _plans
+
+    class Compiled:
+        def __getitem__(self, grid):
+            return lambda *arguments: reused.append(arguments)
+
+    class Kernel:
+        def __getitem__(self, grid):
+            return lambda *arguments, **options: Compiled()
+
+    monkeypatch.setattr(_plans, "CompiledKernel", Compiled)
+    reused: list[tuple] = []
+    launch, tensor = _plans.Launcher(Kernel()), torch.zeros(4)
+    for stride in (16, 17, 16):
+        launch("key", (1, 1, 1), (tensor, stride, tensor), (), 4)
+    assert [arguments[1] for arguments in reused] == [16]

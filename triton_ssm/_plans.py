@@ -56,8 +56,9 @@ class Launcher:
     ) -> None:
         # Triton specialises on the 16-byte alignment of every pointer, which no shape tells.
         alignment = tuple(tensor.data_ptr() % 16 for tensor in arguments if isinstance(tensor, torch.Tensor))
-        output = tuple(argument for argument in arguments[-1:] if isinstance(argument, int))
-        key = (key, alignment, output, constants, num_warps)
+        # It specialises on integers, too, and a caller's `out` brings strides that the key of the call does not have.
+        integers = tuple(argument for argument in arguments if isinstance(argument, int))
+        key = (key, alignment, integers, constants, num_warps)
         device = arguments[0].device
         if device.type == "cuda" and device.index != torch.cuda.current_device():
             with torch.cuda.device(device):  # Triton launches on the current device
