@@ -14,6 +14,7 @@ __all__ = [
     "causal_conv1d_split",
     "causal_conv1d_update",
     "explain",
+    "layouts",
     "override",
     "selective_state_update",
 ]
