@@ -6,10 +6,11 @@ from types import MappingProxyType
 from ..spec import OpSpec
 from .causal_conv1d import CAUSAL_CONV1D
 from .causal_conv1d_update import CAUSAL_CONV1D_UPDATE
+from .mamba_chunk_scan_combined import MAMBA_CHUNK_SCAN_COMBINED
 from .selective_state_update import SELECTIVE_STATE_UPDATE
 
 SPECS: Mapping[str, OpSpec] = MappingProxyType(
-    {spec.name: spec for spec in (SELECTIVE_STATE_UPDATE, CAUSAL_CONV1D, CAUSAL_CONV1D_UPDATE)}
+    {spec.name: spec for spec in (SELECTIVE_STATE_UPDATE, CAUSAL_CONV1D, CAUSAL_CONV1D_UPDATE, MAMBA_CHUNK_SCAN_COMBINED)}
 )
 
 
