@@ -32,7 +32,7 @@ _MAX_SHARED = 64 * 1024
 _ELEMENTS_IN_FLIGHT = 16
 # Channels times sequences that a thread updates at once: its inputs are all in registers.
 _MAX_UPDATE_ELEMENTS = 32
-# Channels that a thread has of a row, where a table does not say: 32 bits, so that a warp's access fills every bank.
+# Channels of a prompt's row that a thread has, where so many fit: 32 bits or more, so that a warp's access fills every bank.
 _VECTOR = 2
 
 
@@ -131,7 +131,7 @@ def plan_prefill(static: Static, dtype: Any, knobs: Mapping[str, Any]) -> Prefil
     columns = max((width for width in widths if width <= knobs["BLOCK_SIZE_D"]), default=widths[-1])
 
     most = min(_power_of_two(max(dims.T, 1)), static.chunk_size or _MAX_INDEX)
-    vector = min(int(knobs.get("vector", _VECTOR)), 16 // itemsize)
+    vector = _VECTOR
     while vector >= 1:
         strips = max(1, _THREADS * vector // columns)
         least = strips * _power_of_two(dims.W - 1)

@@ -24,15 +24,22 @@ def select(where: jax.Array, x: jax.Array, y: jax.Array | float) -> jax.Array:
 
 
 def stage_taps(weight: Any, bias: Any, channels: Any, shared: Any, layout: RowLayout) -> None:
-    """The taps, and the bias below them, of some channels into shared memory, in fp32, a row each.
+    """The taps, and the bias below them, of some channels into shared memory, in fp32, a row each."""
+    write_taps(weight, bias, channels, shared, layout)
+    plgpu.commit_smem()
+
+
+def write_taps(weight: Any, bias: Any, channels: Any, shared: Any, layout: RowLayout) -> None:
+    """`stage_taps` without the barrier that `load_taps` needs.
 
     A thread needs the taps of neighbouring channels, which lie `width` elements apart: too far for a vector.
     """
-    for j in range(weight.shape[1]):
-        shared[j] = load(weight.at[channels, j], layout.scalars).astype(jnp.float32)
+    rows = [weight.at[channels, j] for j in range(weight.shape[1])]
     if bias is not None:
-        shared[weight.shape[1]] = load(bias.at[channels], layout.scalars).astype(jnp.float32)
-    plgpu.commit_smem()
+        rows.append(bias.at[channels])
+    # All are asked for before the first is waited for. Pointers are generic here, so that no load may pass a store.
+    for j, row in enumerate([load(row, layout.scalars) for row in rows]):
+        shared[j] = row.astype(jnp.float32)
 
 
 def load_taps(width: int, bias: Any, shared: Any, layout: RowLayout) -> tuple[list[jax.Array], jax.Array | None]:

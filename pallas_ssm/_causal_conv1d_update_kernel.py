@@ -1,7 +1,8 @@
 """The Mosaic GPU kernel of `causal_conv1d_update`: a few tokens onto the state of each sequence, in place.
 
-A block has BLOCK_SIZE_D channels of BLOCK_SIZE_B sequences, every thread its own channels of all of them: their rows of the
-pool and of x are asked for first, all at once, and the taps, which every block needs, while they are on their way.
+A block has BLOCK_SIZE_D channels of BLOCK_SIZE_B sequences, every thread its own channels of all of them. It asks for what
+waits for no slot, the tokens and the taps, while the slots are on their way, and for the rows of all its slots before it
+works on the first.
 """
 
 from functools import partial
@@ -16,7 +17,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from ._causal_conv1d_call import Floats, Integers, Static
 from ._causal_conv1d_launch import UpdateLaunch
-from ._causal_conv1d_taps import convolve, load, load_taps, select, stage_taps
+from ._causal_conv1d_taps import convolve, load, select, stage_taps, write_taps
 
 _INPUTS = ("x", "weight", "bias", *Integers._fields)
 # Tokens of a packed sequence that are asked for at a time.
@@ -43,6 +44,8 @@ def run(static: Static, launch: UpdateLaunch, floats: Floats, integers: Integers
             unsafe_no_auto_barriers=True,
             reduction_scratch_bytes=0,
             approx_math=True,
+            # Every array here has the one layout. To infer that takes seconds where many sequences are unrolled.
+            lowering_semantics=plgpu.LoweringSemantics.Lane,
         ),
     )
     y = kernel(*given.values(), pool)
@@ -71,37 +74,47 @@ class _Block:
     # One token for every sequence.
 
     def one_token_each(self) -> None:
-        sequences = [self.first + i for i in range(self.launch.BLOCK_SIZE_B)]
-        if self.refs.slots is None:
-            self.together(sequences, sequences)
+        refs, batch = self.refs, self.launch.BLOCK_SIZE_B
+        sequences = [self.first + i for i in range(batch)]
+        slots = sequences if refs.slots is None else [refs.slots[n] for n in sequences]
+        tokens = [self.load(refs.x.at[pl.ds(n, 1), self.channels]) for n in sequences]
+        write_taps(refs.weight, refs.bias, self.channels, self.shared, self.launch.layout)
+        if refs.slots is None:
+            self.together(sequences, slots, tokens)
             return
-        slots = [self.refs.slots[n] for n in sequences]
-        padding = [self.static.is_padding(slot) for slot in slots]
-        live = [jnp.logical_not(p) & (slot < self.dims.S) for p, slot in zip(padding, slots, strict=True)]
-        all_live = live[0]
-        for one in live[1:]:
-            all_live = all_live & one
-
-        @pl.when(all_live)
-        def _():
-            self.together(sequences, slots)
+        all_live = self.is_live(slots[0])
+        for slot in slots[1:]:
+            all_live = all_live & self.is_live(slot)
+        pl.when(all_live)(partial(self.together, sequences, slots, tokens))
 
         @pl.when(jnp.logical_not(all_live))
         def _():
-            for n, slot, alive, p in zip(sequences, slots, live, padding, strict=True):
-                pl.when(alive)(partial(self.together, [n], [slot]))
-                pl.when(jnp.logical_not(alive))(partial(self.fill, n, n + 1, self.mark(p)))
+            # One after the other, and not unrolled: there are few such blocks.
+            def one(i: jax.Array, _: None) -> None:
+                n = self.first + i
+                slot = refs.slots[n]
 
-    def together(self, sequences: list[jax.Array], slots: list[jax.Array]) -> None:
+                @pl.when(self.is_live(slot))
+                def _():
+                    self.together([n], [slot], [self.load(refs.x.at[pl.ds(n, 1), self.channels])])
+
+                @pl.when(jnp.logical_not(self.is_live(slot)))
+                def _():
+                    self.fill(n, n + 1, self.mark(self.static.is_padding(slot)))
+
+            lax.fori_loop(0, batch, one, None)
+
+    def together(self, sequences: list[jax.Array], slots: list[jax.Array], tokens: list[jax.Array]) -> None:
         """A token onto each of some live sequences."""
-        rows = []
-        for n, slot in zip(sequences, slots, strict=True):
-            before = self.before(slot, self.offset(n))
-            rows.append([*before, self.load(self.refs.x.at[pl.ds(n, 1), self.channels])])
+        before = [self.before(slot, self.offset(n)) for n, slot in zip(sequences, slots, strict=True)]
+        plgpu.commit_smem()
         taps, bias = self.load_taps()
-        for n, slot, window in zip(sequences, slots, rows, strict=True):
-            self.refs.y[pl.ds(n, 1), self.channels] = self.step(window, taps, bias)
-            self.keep(slot, window[1:])
+        for n, slot, history, x in zip(sequences, slots, before, tokens, strict=True):
+            self.refs.y[pl.ds(n, 1), self.channels] = self.step([*history, x], taps, bias)
+            self.keep(slot, [*history[1:], x])
+
+    def is_live(self, slot: jax.Array) -> jax.Array:
+        return jnp.logical_not(self.static.is_padding(slot)) & (slot < self.dims.S)
 
     # Packed sequences.
 
@@ -133,6 +146,7 @@ class _Block:
         """A live sequence, from its first token to its last."""
         refs, speculative = self.refs, self.refs.accepted is not None
         window = self.before(slot, self.offset(n))
+        stage_taps(refs.weight, refs.bias, self.channels, self.shared, self.launch.layout)
         taps, bias = self.load_taps()
         if speculative:
             self.keep(slot, window[1:])
@@ -183,9 +197,9 @@ class _Block:
         return [self.load(pool.at[slot, pl.ds(offset + i, 1), self.channels]) for i in range(self.history)]
 
     def load_taps(self) -> tuple[list[jax.Array], jax.Array | None]:
-        refs, layout = self.refs, self.launch.layout
-        stage_taps(refs.weight, refs.bias, self.channels, self.shared, layout)
-        return load_taps(self.dims.W, refs.bias, self.shared, layout)
+        width = self.dims.W
+        taps = [self.load(self.shared.at[pl.ds(j, 1)]) for j in range(width)]
+        return taps, None if self.refs.bias is None else self.load(self.shared.at[pl.ds(width, 1)])
 
     def step(self, window: Any, taps: list[jax.Array], bias: jax.Array | None) -> jax.Array:
         rows = [x.astype(jnp.float32) for x in window]

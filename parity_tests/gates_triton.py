@@ -70,15 +70,20 @@ def causal_conv1d_source(W: int, dtype: str, BLOCK_SIZE_T: int, BLOCK_SIZE_D: in
     return _source(causal_conv1d_kernel, pointers, constants)
 
 
-def causal_conv1d_update_source(W: int, dtype: str, BLOCK_SIZE_D: int, speculative: bool = False) -> ASTSource:
-    """Nemotron-H-8B's 10240 channels, slots, bias and SiLU."""
+def causal_conv1d_update_source(
+    W: int, dtype: str, BLOCK_SIZE_D: int, BLOCK_SIZE_B: int, speculative: bool = False
+) -> ASTSource:
+    """Nemotron-H-8B's 10240 channels, slots, bias and SiLU; packed where `speculative`."""
     short = _SHORT[dtype]
     pointers = {
         "x_ptr": short, "state_ptr": short, "weight_ptr": short, "bias_ptr": short, "y_ptr": short, "slots_ptr": "*i32",
     }  # fmt: skip
     if speculative:
         pointers |= {"cu_seqlens_ptr": "*i32", "accepted_ptr": "*i32"}
-    constants = {"D": 10240, "L": W + 2 if speculative else W - 1, "W": W, "SILU": True, "BLOCK_SIZE_D": BLOCK_SIZE_D}
+    constants = {
+        "D": 10240, "L": W + 2 if speculative else W - 1, "W": W, "SILU": True,
+        "BLOCK_SIZE_D": BLOCK_SIZE_D, "BLOCK_SIZE_B": BLOCK_SIZE_B,
+    }  # fmt: skip
     return _source(causal_conv1d_update_kernel, pointers, constants)
 
 

@@ -17,7 +17,7 @@ H200 = Device("NVIDIA H200", (9, 0))
 STATICS = {"width": 4}
 ENTRIES = {
     "causal_conv1d": {"BLOCK_SIZE_T": 32, "BLOCK_SIZE_D": 256, "num_warps": 4},
-    "causal_conv1d_update": {"BLOCK_SIZE_D": 256, "num_warps": 2},
+    "causal_conv1d_update": {"BLOCK_SIZE_D": 256, "BLOCK_SIZE_B": 2, "num_warps": 2},
 }
 TUNED_AT = {"causal_conv1d": {"T": 8192, "D": 10240}, "causal_conv1d_update": {"B": 64, "D": 10240}}
 
@@ -47,8 +47,8 @@ def test_the_pallas_rule_is_legal_for_every_shared_config(op, data):
         ("causal_conv1d", (32, 256, 1), {"BLOCK_SIZE_T": 32, "BLOCK_SIZE_D": 1024}),
         ("causal_conv1d", (256, 4096, 4), {"BLOCK_SIZE_T": 128, "BLOCK_SIZE_D": 2048}),
         ("causal_conv1d", (1, 16, 8), {"BLOCK_SIZE_T": 4, "BLOCK_SIZE_D": 64}),
-        ("causal_conv1d_update", (256, 2), {"BLOCK_SIZE_D": 512, "BLOCK_SIZE_B": 1}),
-        ("causal_conv1d_update", (16, 4), {"BLOCK_SIZE_D": 64, "BLOCK_SIZE_B": 1}),
+        ("causal_conv1d_update", (256, 1, 2), {"BLOCK_SIZE_D": 512, "BLOCK_SIZE_B": 1}),
+        ("causal_conv1d_update", (16, 8, 4), {"BLOCK_SIZE_D": 64, "BLOCK_SIZE_B": 8}),
     ],
 )
 def test_pallas_rule_examples(op, shared, pallas):
@@ -68,8 +68,11 @@ def test_the_heuristic_grows_its_block_while_programs_are_plenty():
     sizes = [1 << power for power in range(14, 26)]
     tokens = [SPECS["causal_conv1d"].heuristic(STATICS, "float16", H200, size)["BLOCK_SIZE_T"] for size in sizes]
     assert tokens == sorted(tokens) and tokens[0] == 8 and tokens[-1] == 32
-    channels = [SPECS["causal_conv1d_update"].heuristic(STATICS, "float16", H200, s)["BLOCK_SIZE_D"] for s in sizes]
-    assert channels == sorted(channels) and channels[0] == 64 and channels[-1] == 256
+    steps = [SPECS["causal_conv1d_update"].heuristic(STATICS, "float16", H200, size) for size in sizes]
+    blocks = [(step["BLOCK_SIZE_D"], step["BLOCK_SIZE_B"]) for step in steps]
+    assert blocks == sorted(blocks) and blocks[0] == (64, 1) and blocks[-1] == (512, 2)
+    for size, (channels, sequences) in zip(sizes, blocks, strict=True):
+        assert channels == 64 or size // (channels * sequences) >= 512
     for size, rows in zip(sizes, tokens, strict=True):
         assert rows == 8 or size // (rows * 256) >= 512
 

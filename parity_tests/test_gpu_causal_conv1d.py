@@ -106,7 +106,7 @@ def test_any_packing_reuses_one_compiled_kernel():
 
     with (
         override("causal_conv1d", BLOCK_SIZE_T=32, BLOCK_SIZE_D=128, num_warps=2),
-        override("causal_conv1d_update", BLOCK_SIZE_D=128, num_warps=2),
+        override("causal_conv1d_update", BLOCK_SIZE_D=128, BLOCK_SIZE_B=2, num_warps=2),
     ):
         counts = []
         for tokens, sequences in ((1500, 7), (16, 1), (1, 1), (333, 2), (1024, 64)):

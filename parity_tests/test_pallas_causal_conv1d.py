@@ -274,6 +274,22 @@ def test_slots_past_the_pool_give_nan_and_touch_nothing(implementation, form):
     assert same(bad[slots[:2]], good[slots[:2]]) and same(bad[slots[2:]], pool[slots[2:]])
 
 
+@pytest.mark.parametrize("spec", [False, True])
+def test_a_block_takes_live_slots_and_others(spec):
+    case = update(spare_rows=2, spec=spec)
+    named = arrays_of(case)
+    slots = named["conv_state_indices"]
+    named["conv_state_indices"] = slots.at[1].set(-1).at[2].set(len(named["conv_state"]))
+    results = []
+    for batch in (1, 4):
+        with override(UPDATE, twin="pallas", BLOCK_SIZE_D=128, BLOCK_SIZE_B=batch):
+            results.append(call(case, "mosaic_gpu", named))
+    assert all(same(a, b) for a, b in zip(*results, strict=True))
+    y, state = results[1]
+    assert not y[1].any() and jnp.isnan(y[2]).all() and jnp.isfinite(y[::3]).all()
+    assert same(state[slots[1:3]], named["conv_state"][slots[1:3]])
+
+
 @BOTH
 def test_bounds_out_of_range_are_clamped(implementation):
     case = prefill((5, 0, 2, 9), tail=2)

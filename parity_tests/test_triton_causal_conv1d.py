@@ -95,7 +95,7 @@ def test_drawn_updates(data):
     options["spec"] = data.draw(st.booleans())
     dims = {"S": B + 3, "L": W - 1 + options["spare_rows"], "B": B, "D": data.draw(st.integers(1, 40)), "W": W}
     dtype = data.draw(st.sampled_from(sorted(DTYPES)))
-    with override(UPDATE, BLOCK_SIZE_D=16, num_warps=1):
+    with override(UPDATE, BLOCK_SIZE_D=16, BLOCK_SIZE_B=data.draw(st.sampled_from([1, 2, 4])), num_warps=1):
         check(Case(UPDATE, "drawn", dims, dtype, dtype, options), data.draw(st.integers(0, 100)), few=True)
 
 
@@ -287,6 +287,16 @@ def test_a_gradient_is_refused_and_not_dropped():
     (x, weight), keywords = prompt()
     with pytest.raises(RuntimeError, match="weight: causal_conv1d has no backward"):
         triton_ssm.causal_conv1d(x, weight.requires_grad_(), **keywords)
+
+
+def test_weights_may_begin_anywhere():
+    """Taps are loaded as 64-bit words, which fault on a GPU where they do not begin at a multiple of 8 bytes."""
+    (x, state, weight), keywords = step()
+    odd = torch.cat([weight.new_zeros(1), weight.flatten()])[1:].view(weight.shape)
+    assert odd.data_ptr() % 8 and not _causal_conv1d_window.word_aligned(odd).data_ptr() % 8
+    assert _causal_conv1d_window.word_aligned(weight) is weight
+    expected = triton_ssm.causal_conv1d_update(x, state.clone(), weight, **keywords)
+    assert torch.equal(triton_ssm.causal_conv1d_update(x, state.clone(), odd, **keywords), expected)
 
 
 @pytest.mark.parametrize("module", [_causal_conv1d_kernel, _causal_conv1d_update_kernel, _causal_conv1d_window])

@@ -80,10 +80,11 @@ VARIANTS = [
      "rounding": True},
     {"op": "causal_conv1d", "W": 4, "dtype": "bfloat16", "BLOCK_SIZE_T": 32, "BLOCK_SIZE_D": 256, "num_warps": 2,
      "split": True},
-    {"op": "causal_conv1d_update", "W": 4, "dtype": "bfloat16", "BLOCK_SIZE_D": 256, "num_warps": 2, "speculative": True},
+    {"op": "causal_conv1d_update", "W": 4, "dtype": "bfloat16", "BLOCK_SIZE_D": 256, "BLOCK_SIZE_B": 1, "num_warps": 2,
+     "speculative": True},
     *({"op": "causal_conv1d", "W": W, "dtype": "float32", "BLOCK_SIZE_T": 32, "BLOCK_SIZE_D": 256, "num_warps": 2}
       for W in (2, 3, 5, 6)),
-    *({"op": "causal_conv1d_update", "W": W, "dtype": "float16", "BLOCK_SIZE_D": 256, "num_warps": 2}
+    *({"op": "causal_conv1d_update", "W": W, "dtype": "float16", "BLOCK_SIZE_D": 256, "BLOCK_SIZE_B": 2, "num_warps": 2}
       for W in (2, 3, 5, 6)),
 ]  # fmt: skip
 

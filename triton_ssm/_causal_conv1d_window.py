@@ -1,4 +1,5 @@
 # pyright: basic, reportArgumentType=false, reportAssignmentType=false, reportGeneralTypeIssues=false
+# pyright: reportAttributeAccessIssue=false
 # A jitted function is Triton's language in Python's syntax; the types are Triton's too.
 """The sliding window of the short convolution: the last five inputs and the taps, by lag, in registers.
 
@@ -6,47 +7,49 @@ A window is five vectors p1 … p5, the inputs 1 … 5 tokens back, in the dtype
 state is what came in. Width W uses the first W - 1; the compiler drops the others.
 """
 
+import torch
 import triton
 import triton.language as tl
 
 from ._numerics import silu
 
 
+def word_aligned(weight: torch.Tensor) -> torch.Tensor:
+    """The weights where `load_taps` can read them: dense, and from a multiple of its words' 8 bytes on."""
+    weight = weight.contiguous()
+    return weight if weight.data_ptr() % 8 == 0 else weight.clone()
+
+
 @triton.jit
 def load_taps(weight_ptr, bias_ptr, d, mask, W: tl.constexpr):
     """The weights by lag (w0 belongs to the current input) and the bias, in fp32.
 
-    A channel's taps are neighbours in memory, so they are loaded as one tile and split in registers: loads of one tap each
-    would touch every cache line W times.
+    A channel's taps are neighbours in memory. They are loaded as integers as wide as divide them, and taken apart in
+    registers: single taps would touch every cache line W times, and a tile [channels, W] would have another layout than
+    the inputs, with a conversion through shared memory, or several for each row, to bring them together.
     """
-    COLUMNS: tl.constexpr = 2 if W == 2 else 4 if W <= 4 else 8
-    j = tl.arange(0, COLUMNS)
-    tile = tl.load(weight_ptr + d[:, None] * W + j[None, :], mask=mask[:, None] & (j < W)[None, :], other=0.0)
-    tile = tile.to(tl.float32)
-    if COLUMNS == 2:
-        w1, w0 = tl.split(tile)
-        w2, w3, w4, w5 = w0, w0, w0, w0
-    elif COLUMNS == 4:
-        even, odd = tl.split(tl.reshape(tile, (tile.shape[0], 2, 2)))
-        j0, j2 = tl.split(even)
-        j1, j3 = tl.split(odd)
-        if W == 3:
-            w2, w1, w0, w3 = j0, j1, j2, j0
-        else:
-            w3, w2, w1, w0 = j0, j1, j2, j3
-        w4, w5 = w0, w0
-    else:
-        even, odd = tl.split(tl.reshape(tile, (tile.shape[0], 2, 2, 2)))
-        j04, j26 = tl.split(even)
-        j15, j37 = tl.split(odd)
-        j0, j4 = tl.split(j04)
-        j1, j5 = tl.split(j15)
-        j2, _j6 = tl.split(j26)
-        j3, _j7 = tl.split(j37)
-        if W == 5:
-            w4, w3, w2, w1, w0, w5 = j0, j1, j2, j3, j4, j0
-        else:
-            w5, w4, w3, w2, w1, w0 = j0, j1, j2, j3, j4, j5
+    dtype: tl.constexpr = weight_ptr.dtype.element_ty
+    BITS: tl.constexpr = dtype.primitive_bitwidth
+    WORD: tl.constexpr = 64 if W * BITS % 64 == 0 else 32 if W * BITS % 32 == 0 else 16
+    WORDS: tl.constexpr = W * BITS // WORD
+    tap: tl.constexpr = tl.int32 if BITS == 32 else tl.int16
+    word: tl.constexpr = tl.int64 if WORD == 64 else tl.int32 if WORD == 32 else tl.int16
+    words_ptr = weight_ptr.to(tl.pointer_type(word)) + d * WORDS
+    taps = ()
+    for i in tl.static_range(WORDS):
+        bits = tl.load(words_ptr + i, mask=mask, other=0)
+        for j in tl.static_range(WORD // BITS):
+            taps += ((bits >> (j * BITS)).to(tap).to(dtype, bitcast=True).to(tl.float32),)
+    w0, w1 = taps[W - 1], taps[W - 2]
+    w2, w3, w4, w5 = w0, w0, w0, w0
+    if W > 2:
+        w2 = taps[W - 3]
+    if W > 3:
+        w3 = taps[W - 4]
+    if W > 4:
+        w4 = taps[W - 5]
+    if W > 5:
+        w5 = taps[W - 6]
     bias = tl.zeros_like(w0)
     if bias_ptr is not None:
         bias = tl.load(bias_ptr + d, mask=mask, other=0.0).to(tl.float32)

@@ -18,6 +18,7 @@ from ssm_configs.contracts import causal_conv1d as contract
 
 from . import _arguments
 from ._causal_conv1d_kernel import causal_conv1d_kernel
+from ._causal_conv1d_window import word_aligned
 from ._device import tuning_device
 from ._plans import Cache, Launcher, call_key
 
@@ -143,7 +144,7 @@ def _run(
         key,
         grid,
         (
-            x, *map(_arguments.dense, (weight, bias)), *(*parts, None, None, None)[:4],
+            x, word_aligned(weight), _arguments.dense(bias), *(*parts, None, None, None)[:4],
             _arguments.dense(cu_seqlens), history, final, *map(_arguments.dense, (slots, has_history)),
             dims.T, dims.N_seq, dims.S, -1 if null_slot is None else null_slot, dims.rows,
             x.stride(0), _arguments.state_strides(x)[1], *_arguments.state_strides(history), *_arguments.state_strides(final),

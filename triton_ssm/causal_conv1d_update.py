@@ -18,6 +18,7 @@ from ssm_configs.contracts import causal_conv1d as contract
 
 from . import _arguments
 from ._causal_conv1d_update_kernel import causal_conv1d_update_kernel
+from ._causal_conv1d_window import word_aligned
 from ._device import tuning_device
 from ._plans import Cache, Launcher, call_key
 
@@ -75,18 +76,19 @@ def causal_conv1d_update(
 
     x = _arguments.dense_rows(x)
     BLOCK_SIZE_D = config["BLOCK_SIZE_D"]
+    BLOCK_SIZE_B = 1 if dims.packed else config["BLOCK_SIZE_B"]
     # Without a sequence there is nobody to zero the padding rows, hence at least one.
-    grid = (max(dims.N_seq, 1) * -(-dims.D // BLOCK_SIZE_D), 1, 1)
+    grid = (max(-(-dims.N_seq // BLOCK_SIZE_B), 1) * -(-dims.D // BLOCK_SIZE_D), 1, 1)
     _LAUNCH(
         key,
         grid,
         (
-            x, conv_state, *map(_arguments.dense, (weight, bias)), y,
+            x, conv_state, word_aligned(weight), _arguments.dense(bias), y,
             *map(_arguments.dense, (conv_state_indices, cu_seqlens, num_accepted_tokens)),
             dims.T, dims.N_seq, dims.S, -1 if null_slot is None else null_slot,
             _arguments.row_stride(x), _arguments.row_stride(y), *_arguments.state_strides(conv_state),
         ),
-        (dims.D, dims.L, dims.W, activation is not None, BLOCK_SIZE_D),
+        (dims.D, dims.L, dims.W, activation is not None, BLOCK_SIZE_D, BLOCK_SIZE_B),
         config["num_warps"],
     )  # fmt: skip
     return y

@@ -10,30 +10,41 @@ _PALLAS_D = (64, 128, 256, 512, 1024, 2048)
 # A few thread blocks for each SM of the largest GPUs.
 _PLENTY = 512
 
+_SEQUENCES = Knob(
+    "BLOCK_SIZE_B", (1, 2, 4, 8), "sequences of one token that one program updates; packed ones have their own"
+)
+
 _KNOBS = (
-    Knob("BLOCK_SIZE_D", tuple(1 << i for i in range(4, 13)), "channels of one sequence that one program updates"),
+    Knob("BLOCK_SIZE_D", tuple(1 << i for i in range(4, 13)), "channels of a sequence that one program updates"),
+    _SEQUENCES,
     Knob("num_warps", (1, 2, 4, 8), "warps of one program"),
 )
 
 
 def pallas_rule(shared: Mapping[str, Value], statics: Statics) -> Knobs:
-    """The Pallas launch that matches a Triton one: keep the channels that a warp holds.
+    """The Pallas launch that matches a Triton one: keep the sequences, and the channels that a warp holds.
 
     Mosaic GPU runs whole warpgroups of 4 warps, so BLOCK_SIZE_D is the shared one times 4 / num_warps, brought into 64 to
-    2048. One sequence per thread block, as in Triton.
+    2048.
     """
     del statics  # part of every rule's signature; the width does not matter to the blocks
     channels = shared["BLOCK_SIZE_D"] * _WARPS_PER_WARPGROUP // shared["num_warps"]
-    return {"BLOCK_SIZE_D": min(max(channels, _PALLAS_D[0]), _PALLAS_D[-1]), "BLOCK_SIZE_B": 1}
+    channels = min(max(channels, _PALLAS_D[0]), _PALLAS_D[-1])
+    return {"BLOCK_SIZE_D": channels, "BLOCK_SIZE_B": shared["BLOCK_SIZE_B"]}
 
 
 def heuristic(statics: Statics, dtype: str, device: Device, size: int) -> Knobs:
-    """The widest block of 64 to 256 channels that still leaves plenty of programs; up to 4 channels a thread."""
+    """The widest block of 64 to 512 channels that still leaves plenty of programs, then of two sequences.
+
+    Up to 4 channels a thread.
+    """
     del statics, dtype, device  # part of every heuristic's signature
-    channels = 64
-    while channels < 256 and size >= _PLENTY * 2 * channels:
+    channels, sequences = 64, 1
+    while channels < 512 and size >= _PLENTY * 2 * channels:
         channels *= 2
-    return {"BLOCK_SIZE_D": channels, "num_warps": max(1, channels // 128)}
+    if size >= _PLENTY * 2 * channels:
+        sequences = 2
+    return {"BLOCK_SIZE_D": channels, "BLOCK_SIZE_B": sequences, "num_warps": max(1, channels // 128)}
 
 
 CAUSAL_CONV1D_UPDATE = OpSpec(
@@ -49,7 +60,7 @@ CAUSAL_CONV1D_UPDATE = OpSpec(
     triton_knobs=_KNOBS,
     pallas_knobs=(
         Knob("BLOCK_SIZE_D", _PALLAS_D, "channels of a sequence that one thread block updates"),
-        Knob("BLOCK_SIZE_B", (1, 2, 4, 8), "sequences that one thread block updates"),
+        _SEQUENCES,
     ),
     pallas_rule=pallas_rule,
     heuristic=heuristic,
