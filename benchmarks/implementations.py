@@ -51,8 +51,9 @@ class Implementation(Protocol):
 
 
 class TorchOperands:
-    def __init__(self, op: BenchOp, initial: Tensors, storage: Storage):
+    def __init__(self, op: BenchOp, case: Case, initial: Tensors, storage: Storage):
         self._op, self._initial = op, {name: initial[name] for name in op.mutated_in(initial)}
+        self.scalars = op.scalars(case)
         self.tensors = dict(initial)
         for name, tensor in self._initial.items():
             dtype = str(tensor.dtype).removeprefix("torch.")
@@ -98,7 +99,7 @@ class _TorchImplementation:
     def compile(self, op: BenchOp, case: Case, knobs: Knobs | None) -> None:
         """A call on small operands; Triton keeps what it compiled."""
         storage = Storage(self._device)
-        operands = TorchOperands(op, draw(op, case, storage), storage)
+        operands = TorchOperands(op, case, draw(op, case, storage), storage)
         self.bind(op, operands, None, knobs).issue()
         synchronize()
 
@@ -129,7 +130,9 @@ class TritonTwin(_TorchImplementation):
 
         named = {name: tensor for name, tensor in operands.tensors.items() if name not in op.positional}
         positional = [operands.tensors[name] for name in op.positional]
-        return functools.partial(getattr(triton_ssm, op.name), *positional, **named, **op.scalars, out=operands.out)
+        return functools.partial(
+            getattr(triton_ssm, op.name), *positional, **named, **operands.scalars, out=operands.out
+        )
 
 
 class PeerImplementation(_TorchImplementation):
@@ -151,7 +154,7 @@ class PeerImplementation(_TorchImplementation):
 
     def _function(self, op: BenchOp, operands: TorchOperands) -> Callable[[], Any]:
         operands.reset()  # the adapter may bring the state into a layout of its own
-        return self._peer.adapt(self._peer_function, operands.tensors, operands.out)
+        return self._peer.adapt(self._peer_function, operands.tensors, operands.out, **operands.scalars)
 
 
 class JaxOperands:
@@ -217,7 +220,7 @@ class JaxTwin:
             named = dict(zip(operands, arrays, strict=True))
             positional = [named.pop(name) for name in op.positional]
             function = getattr(pallas_ssm, op.name)
-            return function(*positional, **named, **op.scalars, implementation=self.name)
+            return function(*positional, **named, **op.scalars(case), implementation=self.name)
 
         donated = [list(operands).index(name) for name in op.mutated_in(operands)]
         with _pinned(op, "pallas", knobs):

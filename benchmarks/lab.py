@@ -73,7 +73,7 @@ class Lab:
             return _describe(error), {}
         results = self._operands.results()
         found = gate.errors(self.op, case, self._initial, results)
-        wrong = gate.verdict(self.op, results, found, self.implementation.slack)
+        wrong = gate.verdict(self.op, case, found, self.implementation.slack)
         return wrong, {name: error.relative for name, error in found.items()}
 
     def time(self, case: Case, configs: Sequence[Knobs], repeats: int) -> list[Sample]:
@@ -91,7 +91,7 @@ class Lab:
             if self.implementation.framework == "jax":
                 self._operands = JaxOperands(self.op, self._initial)
             else:
-                self._operands = TorchOperands(self.op, self._initial, self._storage)
+                self._operands = TorchOperands(self.op, case, self._initial, self._storage)
             self._case = case
         return self.implementation.bind(self.op, self._operands, compiled, knobs)
 

@@ -51,8 +51,8 @@ class BenchOp:
     spec: OpSpec
     positional: tuple[str, ...]
     """The arguments passed by position; every other operand is passed by name."""
-    scalars: Mapping[str, object]
-    """Keyword arguments that are no tensors."""
+    scalars: Callable[[Case], Mapping[str, object]]
+    """A case's keyword arguments that are no tensors."""
     output: str
     """The operand whose shape and dtype the output `y` has."""
     mutated: tuple[str, ...]

@@ -1,18 +1,16 @@
 """Other people's implementations: they take part when they can be imported, and are named as missing when not."""
 
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
-
-import torch
 
 from parity_tests.cases import Case
 
 
 @dataclass(frozen=True)
 class Peer:
-    """`adapt(function, tensors, out)` gives a call of `function` the way its users call it.
+    """`adapt(function, tensors, out, **scalars)` gives a call of `function` the way its users call it.
 
     The call returns y where it updates our own operands, else its results by name: those that it has in our layout.
     What its users prepare once and not in every layer, `adapt` prepares.
@@ -21,7 +19,7 @@ class Peer:
     name: str
     module: str
     function: str
-    adapt: Callable[[Callable[..., Any], Mapping[str, torch.Tensor], torch.Tensor], Callable[[], Any]]
+    adapt: Callable[..., Callable[[], Any]]
     takes: Callable[[Case], bool] = lambda case: True
     """Whether the case is one that it is made for."""
     autotunes: bool = False

@@ -8,6 +8,7 @@ from .bucket import bucket as bucket
 from .causal_conv1d import causal_conv1d as causal_conv1d
 from .causal_conv1d import causal_conv1d_split as causal_conv1d_split
 from .causal_conv1d_update import causal_conv1d_update as causal_conv1d_update
+from .forbid_compiles import forbid_compiles as forbid_compiles
 from .selective_state_update import selective_state_update as selective_state_update
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "causal_conv1d_split",
     "causal_conv1d_update",
     "explain",
+    "forbid_compiles",
     "layouts",
     "override",
     "selective_state_update",

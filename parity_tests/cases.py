@@ -202,8 +202,76 @@ def _conv_update_cases() -> Iterator[Case]:
     yield _conv_update("more than 65,535 rows", 70_000, 128, ("large",))
 
 
+def _scan(name: str, T: int, model: Mamba2Dims, tags: tuple[str, ...], dtype: str = "bfloat16",
+          state_dtype: str = "float32", B: int = 1, **options):  # fmt: skip
+    dims = {"B": B, "T": T, "H": model.H, "G": model.G, "P": model.P, "N": model.N, "L": model.chunk_size}
+    return Case("mamba_chunk_scan_combined", name, dims, dtype, state_dtype, {"D": True} | options, frozenset(tags))
+
+
+def _scan_cases() -> Iterator[Case]:
+    for model in MAMBA2_MODELS:
+        yield _scan(model.name, 1024, model, ("standard",))
+    for ranks in (2, 4, 8):
+        yield _scan(f"Nemotron-H-8B/TP{ranks}", 2048, MAMBA2_MODELS[1].slice(ranks), ("standard",))
+    nemotron, granite = MAMBA2_MODELS[1], MAMBA2_MODELS[6]
+    resumed = {"lengths": (700, 0, 1, 323), "initial": True}
+    yield _scan("Nemotron-H-8B, packed", 1024, nemotron, ("standard",), **resumed)
+    yield _scan("Nemotron-H-8B, packed, aligned", 1024, nemotron, ("standard",), chunk_aligned=True, **resumed)
+    yield _scan("Nemotron-H-8B, slow decay", 4096, nemotron.slice(8), ("standard",), slow=True, initial=True)
+    yield _scan("Granite-4-tiny, slow decay, packed", 4096, granite, ("standard",), slow=True, lengths=(4000, 96))
+    yield _scan("Granite-4-tiny, gate, every chunk's state", 1000, granite, ("standard",), "float16", "float16", z=True,
+                lengths=(513, 400), tail=87, return_intermediate_states=True)  # fmt: skip
+
+    small = Mamba2Dims("small", 2, 1, 64, 64, 64)
+    tiny = Mamba2Dims("tiny", 4, 2, 16, 16, 16)
+    odd = ("ci", "odd")
+    others = (*odd, "no-mosaic")
+    # What the Mosaic kernel takes has at least 64 channels by 64 states, which the interpreter is slow at: few of these.
+    yield _scan("dense", 100, small, odd, B=2)
+    yield _scan(
+        "packed, everything", 150, small, odd, z=True, initial=True, lengths=(70, 0, 9, 64), tail=7, poison=True
+    )
+    yield _scan("packed, aligned, slow decay", 160, small, odd, "float16", slow=True, initial=True, lengths=(130, 30),
+                chunk_aligned=True)  # fmt: skip
+    yield _scan("every chunk's state, 16-bit", 140, small, odd, state_dtype="bfloat16", lengths=(129, 11),
+                return_intermediate_states=True, initial=True)  # fmt: skip
+    yield _scan("fp32, dense", 50, tiny, others, "float32", B=2, z=True, initial=True)
+    yield _scan("fp32, packed, everything", 60, tiny, others, "float32", z=True, initial=True, lengths=(17, 0, 1, 33), tail=9,
+                poison=True, dt_limit=(0.005, 0.05), D_per_headdim=True)  # fmt: skip
+    yield _scan("fp32, no D, no softplus", 40, tiny, others, "float32", D=False, dt_softplus=False, lengths=(16, 24))
+    yield _scan(
+        "fp32, every chunk's state", 40, tiny, others, "float32", lengths=(5, 35), return_intermediate_states=True
+    )
+    yield _scan("fp32, aligned, dense", 40, tiny, others, "float32", B=2, chunk_aligned=True, slow=True)
+    yield _scan("P=80 N=96", 40, Mamba2Dims("odd", 2, 2, 80, 96, 32), others, initial=True, lengths=(33, 7))
+    yield _scan("P=32 N=16, D [H,P]", 40, Mamba2Dims("odd", 2, 1, 32, 16, 32), others, D_per_headdim=True, z=True)
+    yield _scan("P=128 N=256", 33, Mamba2Dims("odd", 1, 1, 128, 256, 32), others, lengths=(20, 13))
+    yield _scan("more than 2^31 elements", 266_000, nemotron, ("large",), lengths=(265_000, 1000), slow=True)
+
+
+SSD_STAGES = ("ssd.chunk_cumsum", "ssd.chunk_state", "ssd.state_passing", "ssd.bmm_chunk", "ssd.chunk_scan")
+
+
+def _stage_cases() -> Iterator[Case]:
+    nemotron, mamba2 = MAMBA2_MODELS[1], MAMBA2_MODELS[0]
+    small, tiny = Mamba2Dims("small", 2, 1, 64, 64, 64), Mamba2Dims("tiny", 4, 2, 16, 16, 16)
+    odd = ("ci", "odd")
+    scans = (
+        _scan("Nemotron-H-8B", 1024, nemotron, ("standard",), lengths=(700, 0, 1, 323), initial=True),
+        _scan("Mamba2-2.7B", 700, mamba2, ("standard",), B=2),
+        _scan("dense", 100, small, odd, B=2, initial=True),
+        _scan("packed", 150, small, odd, "float16", "float16", lengths=(70, 0, 9, 64), tail=7, z=True, initial=True),
+        _scan("fp32, dense", 37, tiny, (*odd, "no-mosaic"), "float32", B=2, initial=True),
+        _scan("fp32, packed", 60, tiny, (*odd, "no-mosaic"), "float32", lengths=(17, 0, 1, 33), tail=9, z=True,
+              D_per_headdim=True, dt_limit=(0.005, 0.05)),
+    )  # fmt: skip
+    for op in SSD_STAGES:
+        for scan in scans:
+            yield replace(scan, op=op)
+
+
 CASES: tuple[Case, ...] = (
-    *_decode_cases(), *_odd_cases(), *_large_cases(), *_conv_cases(), *_conv_update_cases()
+    *_decode_cases(), *_odd_cases(), *_large_cases(), *_conv_cases(), *_conv_update_cases(), *_scan_cases(), *_stage_cases(),
 )  # fmt: skip
 
 

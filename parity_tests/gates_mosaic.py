@@ -106,6 +106,37 @@ def causal_conv1d_update(row: Mapping[str, Any]) -> tuple[Arrays, dict[str, Any]
     return arrays, {"activation": "silu", "null_slot": 0}
 
 
+def mamba_chunk_scan_combined(row: Mapping[str, Any]) -> tuple[Arrays, dict[str, Any]]:
+    """The same for T tokens by H heads in G groups, from raw dt, with D and final states; P, N and dtype are the row's.
+
+    A row may ask for `sequences` (packed, so many), `initial` states, `z`, `chunk_aligned` rows and `intermediate` states.
+    """
+    B, T, H, G, L = (row.get(key, default) for key, default in (("B", 1), ("T", 8192), ("H", 128), ("G", 8), ("L", 128)))
+    P, N, N_seq, dtype = row["P"], row["N"], row.get("sequences"), row["dtype"]
+    rows = T
+    if row.get("chunk_aligned"):
+        rows = L * (-(-T // L) if N_seq is None else T // L + N_seq)
+    arrays: Arrays = {
+        "x": ((B, rows, H, P), dtype),
+        "dt": ((B, T, H), dtype),
+        "A": ((H,), "float32"),
+        "B": ((B, rows, G, N), dtype),
+        "C": ((B, rows, G, N), dtype),
+        "D": ((H,), "float32"),
+        "dt_bias": ((H,), "float32"),
+    }
+    if row.get("z"):
+        arrays["z"] = (B, T, H, P), dtype
+    if N_seq is not None:
+        arrays["cu_seqlens"] = (N_seq + 1,), "int32"
+    if row.get("initial"):
+        arrays["initial_states"] = (N_seq or B, H, P, N), "float32"
+    return arrays, {
+        "chunk_size": L, "dt_softplus": True, "return_final_states": True, "chunk_aligned": bool(row.get("chunk_aligned")),
+        "return_intermediate_states": bool(row.get("intermediate")),
+    }  # fmt: skip
+
+
 class Op(NamedTuple):
     call: Callable[[Mapping[str, Any]], tuple[Arrays, dict[str, Any]]]
     state: str
@@ -117,6 +148,9 @@ OPS = {
     "selective_state_update": Op(selective_state_update, "state", ("BLOCK_SIZE_M", "tiles_per_block", "use_tma")),
     "causal_conv1d": Op(causal_conv1d, "conv_state", ("BLOCK_SIZE_T", "BLOCK_SIZE_D")),
     "causal_conv1d_update": Op(causal_conv1d_update, "conv_state", ("BLOCK_SIZE_D", "BLOCK_SIZE_B")),
+    "mamba_chunk_scan_combined": Op(
+        mamba_chunk_scan_combined, "final_states_out", ("CHUNKS_PER_PIECE", "num_stages")
+    ),
 }
 
 
@@ -151,8 +185,12 @@ class Compiler:
             return jax.jit(function, donate_argnames=donated).lower(**abstract).compile()
 
     def resources(self) -> dict[str, int]:
-        """What ptxas says of the last compile's kernel."""
-        (log,) = self._dump.glob("*.ptxas")
+        """What ptxas says of the last compile's kernels; of several, the most that one of them uses."""
+        found = [self._resources(log) for log in self._dump.glob("*.ptxas")]
+        return {name: max(kernel[name] for kernel in found) for name in found[0]}
+
+    @staticmethod
+    def _resources(log: Path) -> dict[str, int]:
         text = log.read_text()
         registers = re.search(r"Used (\d+) registers", text)
         spills = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", text)

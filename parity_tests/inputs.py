@@ -1,5 +1,6 @@
 """Random arguments for a case, drawn as the models initialise their parameters. Never zeros, always seeded."""
 
+import itertools
 import zlib
 from collections.abc import Sequence
 from typing import Any
@@ -7,7 +8,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from .cases import Case
+from .cases import SSD_STAGES, Case
+from .oracle import ssd
 
 DTYPES = {
     "float32": np.dtype(np.float32),
@@ -172,8 +174,92 @@ def _causal_conv1d_update(case: Case, rng: np.random.Generator) -> tuple[tuple[n
     return (normal(T, D), normal(S, L, D), weight), {k: v for k, v in keywords.items() if v is not None}
 
 
+def chunk_aligned(tensor: np.ndarray, T: int, L: int, cu_seqlens: np.ndarray | None) -> np.ndarray:
+    """Tokens at the rows in which `causal_conv1d_split` writes them, zeros between."""
+    if cu_seqlens is None:
+        rows = np.zeros((tensor.shape[0], -(-T // L) * L, *tensor.shape[2:]), tensor.dtype)
+        rows[:, :T] = tensor
+        return rows
+    rows = np.zeros((1, L * (T // L + len(cu_seqlens) - 1), *tensor.shape[2:]), tensor.dtype)
+    for n, (begin, end) in enumerate(itertools.pairwise(cu_seqlens)):
+        first = L * (begin // L + n)
+        rows[0, first : first + end - begin] = tensor[0, begin:end]
+    return rows
+
+
+def _mamba_chunk_scan_combined(case: Case, rng: np.random.Generator) -> tuple[tuple[np.ndarray, ...], dict[str, Any]]:
+    B, T, H, G, P, N, L = (case.dims[key] for key in ("B", "T", "H", "G", "P", "N", "L"))
+    dtype, options = DTYPES[case.dtype], case.options
+
+    def normal(*shape, dtype=dtype):
+        return rng.standard_normal(shape, dtype=np.float32).astype(dtype)
+
+    if options.get("slow"):
+        # A state that outlives thousands of tokens: what is wrong where pieces of a sequence meet stays visible.
+        A, step = -rng.uniform(1e-3, 0.1, H), np.full(H, 7e-3)
+    else:
+        A, step = -rng.uniform(1, 16, H), np.exp(rng.uniform(np.log(1e-3), np.log(1e-1), H))
+    softplus = options.get("dt_softplus", True)
+    dt, dt_bias = normal(B, T, H), (step + np.log(-np.expm1(-step))).astype(np.float32)
+    if not softplus:
+        dt, dt_bias = (np.abs(dt.astype(np.float32)) * 0.05).astype(dtype), None
+    lengths = options.get("lengths")
+    if lengths is not None and sum(lengths) + options.get("tail", 0) != T:
+        raise ValueError(f"{case}: the lengths and the tail add up to {sum(lengths) + options.get('tail', 0)}")
+    cu_seqlens = None if lengths is None else _bounds(lengths)
+    n_seq = B if lengths is None else len(lengths)
+    x, B_, C = normal(B, T, H, P), normal(B, T, G, N), normal(B, T, G, N)
+    if options.get("poison"):
+        # Whatever stands where no token does must stay there.
+        for tensor in (x, B_, C, dt):
+            tensor[:, sum(lengths or ()) :] = np.nan
+    keywords: dict[str, Any] = {
+        "chunk_size": L, "dt_bias": dt_bias, "dt_softplus": softplus, "return_final_states": True, "cu_seqlens": cu_seqlens,
+    }  # fmt: skip
+    if options.get("D"):
+        keywords["D"] = normal(*((H, P) if options.get("D_per_headdim") else (H,)), dtype=np.float32)
+    if options.get("z"):
+        keywords["z"] = normal(B, T, H, P)
+    if options.get("initial"):
+        keywords["initial_states"] = normal(n_seq, H, P, N, dtype=DTYPES[case.state_dtype])
+    if case.state_dtype != "float32":
+        keywords["state_dtype"] = DTYPES[case.state_dtype]
+    for name in ("dt_limit", "return_intermediate_states"):
+        if name in options:
+            keywords[name] = options[name]
+    if options.get("chunk_aligned"):
+        x, B_, C = (chunk_aligned(tensor, T, L, cu_seqlens) for tensor in (x, B_, C))
+        keywords["chunk_aligned"] = True
+    return (x, dt, A.astype(np.float32), B_, C), {k: v for k, v in keywords.items() if v is not None}
+
+
+def _ssd_stage(case: Case, rng: np.random.Generator) -> tuple[tuple[np.ndarray, ...], dict[str, Any]]:
+    """A stage's operands: those of the whole operator, brought to it by the definitions of the stages before."""
+    (x, dt, A, B, C), given = _mamba_chunk_scan_combined(case, rng)
+    packed = {name: given[name] for name in ("cu_seqlens",) if name in given}
+    H, G, P, N, L = (case.dims[key] for key in ("H", "G", "P", "N", "L"))
+    if case.op == "ssd.chunk_cumsum":
+        options = {name: given[name] for name in ("dt_bias", "dt_softplus", "dt_limit") if name in given}
+        return (dt, A), {"chunk_size": L, **options, **packed}
+    if case.op == "ssd.bmm_chunk":
+        return (C, B), {"chunk_size": L, **packed}
+    options = {name: given[name] for name in ("dt_bias", "dt_softplus") if name in given}
+    dA_cumsum, step = (a.astype(np.float32) for a in ssd.chunk_cumsum(dt, A, chunk_size=L, **options, **packed))
+    if case.op == "ssd.chunk_state":
+        return (x, B, step, dA_cumsum), packed
+    states = rng.standard_normal((*dA_cumsum.shape[:1], dA_cumsum.shape[2], H, P, N), dtype=np.float32)
+    if case.op == "ssd.state_passing":
+        options = {name: given[name] for name in ("initial_states", "state_dtype") if name in given}
+        return (states, dA_cumsum), packed | options
+    CB = ssd.bmm_chunk(C, B, chunk_size=L, **packed).astype(np.float32)
+    options = {name: given[name] for name in ("D", "z") if name in given}
+    return (CB, x, step, dA_cumsum, C, states), packed | options
+
+
 _DRAW = {
     "selective_state_update": _selective_state_update,
     "causal_conv1d": _causal_conv1d,
     "causal_conv1d_update": _causal_conv1d_update,
+    "mamba_chunk_scan_combined": _mamba_chunk_scan_combined,
+    **dict.fromkeys(SSD_STAGES, _ssd_stage),
 }

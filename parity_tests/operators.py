@@ -9,32 +9,74 @@ import numpy as np
 from .cases import Case
 
 Results = dict[str, Any]
-"""Results by name: "y" (or "y[0]", "y[1]", … of a split), and "state"."""
+"""Results by name; parts of a split are "y[0]", "y[1]", …"""
+
+Sizes = Callable[[Case], tuple[int, dict[str, int]]]
+
+# How a state is stored and how products are rounded is the tolerance's matter, not the definition's.
+_UNDEFINED = ("rounding_seed", "state_dtype", "precision", "return_final_states")
+
+
+def _stored(case: Case, output: str) -> tuple[str, ...]:
+    """States are as exact as what stores them; y as x's dtype."""
+    return (case.state_dtype if output == "state" else case.dtype,)
+
+
+def _computed(case: Case, output: str) -> tuple[str, ...]:
+    """Tensor cores round operands to x's dtype, and a state is then stored in its own."""
+    return (case.dtype,) if output == "y" else (case.dtype, case.state_dtype)
+
+
+def _fp32(case: Case, output: str) -> tuple[str, ...]:
+    """Nothing is rounded but by fp32 arithmetic."""
+    del case, output
+    return ("float32",)
+
+
+def _passed(case: Case, output: str) -> tuple[str, ...]:
+    """fp32 until it is stored."""
+    del output
+    return (case.state_dtype,)
 
 
 @dataclass(frozen=True)
 class Operator:
     name: str
-    mutated: int | None
-    """The position of the argument that the torch form updates in place and does not return; None where it returns all."""
-    exact_state: bool
-    """Whether the state is a copy of inputs, bit for bit."""
-    sizes: Callable[[Case], tuple[int, dict[str, int]]]
+    """Its path below the package."""
+    sizes: Sizes
     """(size, static keys) of the case's table row."""
+    outputs: tuple[str, ...] = ("y", "state")
+    """What it returns, in order; of later ones a case may have none."""
+    mutated: int | None = None
+    """The position of the argument that the torch form updates in place and does not return; None where it returns all."""
+    exact_state: bool = False
+    """Whether the state is a copy of inputs, bit for bit."""
+    rounded_to: Callable[[Case, str], tuple[str, ...]] = _stored
+    """The dtypes that a result has been rounded to on its way; its tolerance is the widest of theirs."""
+
+    @property
+    def table(self) -> str:
+        """The name of its tables."""
+        return self.name.replace(".", "_")
 
     def function(self, package: Any, keywords: Mapping[str, Any]) -> Callable[..., Any]:
-        return getattr(package, f"{self.name}_split" if "sizes" in keywords else self.name)
+        path, _, name = self.name.rpartition(".")
+        return getattr(getattr(package, path) if path else package, f"{name}_split" if "sizes" in keywords else name)
+
+    def named(self, returned: Any) -> Results:
+        """What the oracle and the JAX functions return, by name."""
+        results: Results = {}
+        values = returned if isinstance(returned, tuple) else (returned,)
+        for name, value in zip(self.outputs, values, strict=False):
+            if isinstance(value, tuple | list):
+                results |= {f"{name}[{i}]": part for i, part in enumerate(value)}
+            elif value is not None:
+                results[name] = value
+        return results
 
     def torch_results(self, returned: Any, arguments: list[Any]) -> Results:
         """What a torch call returned and what it changed."""
-        return named(returned if self.mutated is None else (returned, arguments[self.mutated]))
-
-
-def named(returned: Any) -> Results:
-    """(y, state) or ((part, …), state) by name: what the oracle and the JAX functions return."""
-    y, state = returned
-    parts = {f"y[{i}]": part for i, part in enumerate(y)} if isinstance(y, tuple | list) else {"y": y}
-    return {**parts, "state": state}
+        return self.named(returned if self.mutated is None else (returned, arguments[self.mutated]))
 
 
 def _decode_sizes(case: Case) -> tuple[int, dict[str, int]]:
@@ -50,12 +92,25 @@ def _conv_update_sizes(case: Case) -> tuple[int, dict[str, int]]:
     return case.dims["B"] * case.dims["D"], {"width": case.dims["W"]}
 
 
+def _scan_sizes(case: Case) -> tuple[int, dict[str, int]]:
+    H, P, N = (case.dims[key] for key in ("H", "P", "N"))
+    return case.dims["B"] * case.dims["T"], {"nheads": H, "headdim": P, "dstate": N}
+
+
 OPERATORS = {
     operator.name: operator
     for operator in (
-        Operator("selective_state_update", 0, False, _decode_sizes),
-        Operator("causal_conv1d", None, True, _conv_sizes),
-        Operator("causal_conv1d_update", 1, True, _conv_update_sizes),
+        Operator("selective_state_update", _decode_sizes, mutated=0),
+        Operator("causal_conv1d", _conv_sizes, exact_state=True),
+        Operator("causal_conv1d_update", _conv_update_sizes, mutated=1, exact_state=True),
+        Operator("ssd.chunk_cumsum", _scan_sizes, outputs=("dA_cumsum", "dt"), rounded_to=_fp32),
+        Operator("ssd.chunk_state", _scan_sizes, outputs=("states",), rounded_to=_computed),
+        Operator("ssd.state_passing", _scan_sizes, outputs=("before", "final"), rounded_to=_passed),
+        Operator("ssd.bmm_chunk", _scan_sizes, outputs=("CB",), rounded_to=_fp32),
+        Operator("ssd.chunk_scan", _scan_sizes, outputs=("y",), rounded_to=_computed),
+        Operator(
+            "mamba_chunk_scan_combined", _scan_sizes, outputs=("y", "final", "intermediate"), rounded_to=_computed
+        ),
     )
 }
 
@@ -64,6 +119,8 @@ def oracle_results(case: Case, arguments: tuple[np.ndarray, ...], keywords: Mapp
     from . import oracle
 
     operator = OPERATORS[case.op]
-    # How a state is rounded is the tolerance's matter, not the definition's.
-    defined = {name: value for name, value in keywords.items() if name != "rounding_seed"}
-    return named(operator.function(oracle, keywords)(*arguments, **defined))
+    defined = {name: value for name, value in keywords.items() if name not in _UNDEFINED}
+    function = operator.function(oracle, keywords)
+    if case.op == "mamba_chunk_scan_combined" and case.dims["T"] > 256:
+        function = oracle.mamba_chunk_scan_by_stages
+    return operator.named(function(*arguments, **defined))

@@ -68,7 +68,7 @@ def check_case(case: Case, runners: Mapping[str, Runner], device: ssm_configs.De
             report.rows[name] = table_row(case, name, device)
     pallas = "mosaic_gpu" if "mosaic_gpu" in results else "xla"
     if "triton" in results and pallas in results:
-        report.between = between_twins(case, keywords, results[pallas], results["triton"])
+        report.between = between_twins(case, keywords, results[pallas], results["triton"], expected)
         for comparison in report.between:
             _judge(report, f"{pallas} against triton", comparison)
     report.seconds = time.perf_counter() - start
@@ -88,9 +88,10 @@ def _judge(report: CaseReport, what: str, comparison: Comparison) -> None:
 
 def table_row(case: Case, implementation: str, device: ssm_configs.Device) -> str:
     """The launch parameters of a case, and the file and key they came from."""
-    size, statics = OPERATORS[case.op].sizes(case)
+    operator = OPERATORS[case.op]
+    size, statics = operator.sizes(case)
     config = ssm_configs.lookup(
-        case.op,
+        operator.table,
         twin="triton" if implementation == "triton" else "pallas",
         device=device,
         dtype=case.state_dtype,

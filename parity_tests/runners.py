@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 
 from .operators import OPERATORS, Operator
-from .operators import named as named_results
 
 Runner = Callable[[tuple[np.ndarray, ...], dict[str, Any]], dict[str, np.ndarray]]
 
@@ -36,6 +35,8 @@ def prepare(interpret: bool | None = None) -> bool:
 def to_torch(value: Any, device: str) -> Any:
     import torch
 
+    if isinstance(value, np.dtype):
+        return getattr(torch, value.name)
     if not isinstance(value, np.ndarray):
         return value
     if value.dtype.name == "bfloat16":  # torch does not know NumPy's bfloat16
@@ -93,7 +94,7 @@ def jax_runner(operator: Operator, function: Callable | None, interpret: bool, *
             state = None if donated is None else positional.pop(donated)
             named = {name: jnp.array(value) for name, value in arrays.items()}
             returned = jax.block_until_ready(jax.jit(call, donate_argnums=0)(state, positional, named))
-        return {name: np.asarray(array) for name, array in named_results(returned).items()}
+        return {name: np.asarray(array) for name, array in operator.named(returned).items()}
 
     return run
 

@@ -11,6 +11,7 @@ NAMES = {
     ),
     "causal_conv1d": ("width 6, packed", "pool, padding and null slot", "split, chunk-aligned, pool"),
     "causal_conv1d_update": ("padding and null slot", "speculative, padding, short pool", "width 5"),
+    "mamba_chunk_scan_combined": ("dense", "packed, everything", "packed, aligned, slow decay", "fp32, packed, everything"),
 }  # fmt: skip
 
 

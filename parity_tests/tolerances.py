@@ -27,6 +27,20 @@ TOLERANCES: dict[tuple[str, str], Tolerance] = {
     ("causal_conv1d_update", "float32"): Tolerance(1e-6, 3e-6, 1.0e-7),
     ("causal_conv1d_update", "bfloat16"): Tolerance(2.4e-3, 4.0e-3, 1.9e-3),
     ("causal_conv1d_update", "float16"): Tolerance(3.0e-4, 5.0e-4, 2.1e-4),
+    ("ssd.chunk_cumsum", "float32"): Tolerance(1e-6, 3e-6, 0.0),
+    ("ssd.chunk_state", "float32"): Tolerance(1e-5, 3e-5, 0.0),
+    ("ssd.chunk_state", "bfloat16"): Tolerance(3e-3, 6e-3, 0.0),
+    ("ssd.chunk_state", "float16"): Tolerance(4e-4, 8e-4, 0.0),
+    ("ssd.state_passing", "float32"): Tolerance(1e-6, 3e-6, 0.0),
+    ("ssd.state_passing", "bfloat16"): Tolerance(2.4e-3, 4.0e-3, 0.0),
+    ("ssd.state_passing", "float16"): Tolerance(3e-4, 5e-4, 0.0),
+    ("ssd.bmm_chunk", "float32"): Tolerance(1e-5, 3e-5, 0.0),
+    ("ssd.chunk_scan", "float32"): Tolerance(1e-5, 3e-5, 0.0),
+    ("ssd.chunk_scan", "bfloat16"): Tolerance(5e-3, 1e-2, 0.0),
+    ("ssd.chunk_scan", "float16"): Tolerance(7e-4, 1.4e-3, 0.0),
+    ("mamba_chunk_scan_combined", "float32"): Tolerance(2e-5, 5e-5, 0.0),
+    ("mamba_chunk_scan_combined", "bfloat16"): Tolerance(6e-3, 1.2e-2, 0.0),
+    ("mamba_chunk_scan_combined", "float16"): Tolerance(1e-3, 2e-3, 0.0),
 }
 
 

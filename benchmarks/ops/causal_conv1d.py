@@ -168,7 +168,7 @@ def _states(tensors: Tensors) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]
     return history, slots, torch.full_like(slots, "initial_state" in tensors, dtype=torch.bool)
 
 
-def _vllm(function: Callable[..., Any], tensors: Tensors, out: torch.Tensor) -> Callable[[], Any]:
+def _vllm(function: Callable[..., Any], tensors: Tensors, out: torch.Tensor, **scalars: Any) -> Callable[[], Any]:
     x, weight, bias = (tensors[name] for name in ("x", "weight", "bias"))
     bounds, (pool, slots, has_initial) = _bounds(tensors), _states(tensors)
     # It wants [D, tokens] and [S, D, W-1], both with dense channels: views of ours. Slot 0 is its padding unless told
@@ -190,7 +190,7 @@ def _vllm(function: Callable[..., Any], tensors: Tensors, out: torch.Tensor) -> 
     return call
 
 
-def _fla(function: Callable[..., Any], tensors: Tensors, out: torch.Tensor) -> Callable[[], Any]:
+def _fla(function: Callable[..., Any], tensors: Tensors, out: torch.Tensor, **scalars: Any) -> Callable[[], Any]:
     """It has no slots: with a pool its states lie in tensors of its own, gathered beforehand."""
     x, bounds, packed = tensors["x"], _bounds(tensors), {}
     has_states = "conv_state" in tensors or "initial_state" in tensors
@@ -208,7 +208,7 @@ def _fla(function: Callable[..., Any], tensors: Tensors, out: torch.Tensor) -> C
     return call
 
 
-def _dao(function: Callable[..., Any], tensors: Tensors, out: torch.Tensor) -> Callable[[], Any]:
+def _dao(function: Callable[..., Any], tensors: Tensors, out: torch.Tensor, **scalars: Any) -> Callable[[], Any]:
     x, state = tensors["x"].transpose(1, 2), tensors.get("initial_state")
     arguments = {"initial_states": None if state is None else state.transpose(1, 2), "return_final_states": True}
     del out
@@ -227,7 +227,7 @@ def _is_narrow(case: Case) -> bool:
 CAUSAL_CONV1D = BenchOp(
     spec=SPECS["causal_conv1d"],
     positional=("x", "weight"),
-    scalars={"activation": "silu"},
+    scalars=lambda case: {"activation": "silu"},
     output="x",
     mutated=("conv_state",),
     fresh=("final_state",),

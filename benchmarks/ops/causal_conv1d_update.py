@@ -76,24 +76,28 @@ def _bytes(case: Case) -> int:
 
 def _candidates(twin: str, statics: Mapping[str, int], dtype: str) -> list[Knobs]:
     if twin == "triton":
-        return common.vector_launches(dtype, 4096)
+        return [
+            {**launch, "BLOCK_SIZE_B": sequences}
+            for launch in common.vector_launches(dtype, 2048)
+            for sequences in (1, 2, 4)
+        ]
     # at least a channel for every thread
     return [
         {"BLOCK_SIZE_D": channels, "BLOCK_SIZE_B": sequences}
         for channels in (128, 256, 512, 1024, 2048)
-        for sequences in (1, 2, 4)
+        for sequences in (1, 2, 4, 8)
         if channels * sequences <= 4096
     ]
 
 
-def _vllm(function: Callable[..., Any], tensors: Tensors, out: torch.Tensor) -> Callable[[], Any]:
+def _vllm(function: Callable[..., Any], tensors: Tensors, out: torch.Tensor, **scalars: Any) -> Callable[[], Any]:
     # [S,D,L] with dense channels is a view of ours. Slot 0 is its padding unless told otherwise; here every slot is live.
     x, states, weight, bias = tensors["x"], tensors["conv_state"].transpose(1, 2), tensors["weight"], tensors["bias"]
     slots = tensors["conv_state_indices"]
     return lambda: function(x, states, weight, bias, "silu", conv_state_indices=slots, null_block_id=-1, out=out)
 
 
-def _fla(function: Callable[..., Any], tensors: Tensors, out: torch.Tensor) -> Callable[[], Any]:
+def _fla(function: Callable[..., Any], tensors: Tensors, out: torch.Tensor, **scalars: Any) -> Callable[[], Any]:
     """It has no slots: its states lie in a tensor of its own, gathered beforehand."""
     x, weight, bias = (tensors[name] for name in ("x", "weight", "bias"))
     W = weight.shape[1]
@@ -102,7 +106,7 @@ def _fla(function: Callable[..., Any], tensors: Tensors, out: torch.Tensor) -> C
     return lambda: {"y": function(x, cache, weight=weight, bias=bias, activation="silu")[0]}
 
 
-def _dao(function: Callable[..., Any], tensors: Tensors, out: torch.Tensor) -> Callable[[], Any]:
+def _dao(function: Callable[..., Any], tensors: Tensors, out: torch.Tensor, **scalars: Any) -> Callable[[], Any]:
     x, states, weight, bias = tensors["x"], tensors["conv_state"].transpose(1, 2), tensors["weight"], tensors["bias"]
     del out
     return lambda: function(x, states, weight, bias, "silu", conv_state_indices=tensors["conv_state_indices"])
@@ -111,12 +115,12 @@ def _dao(function: Callable[..., Any], tensors: Tensors, out: torch.Tensor) -> C
 CAUSAL_CONV1D_UPDATE = BenchOp(
     spec=SPECS["causal_conv1d_update"],
     positional=("x", "conv_state", "weight"),
-    scalars={"activation": "silu"},
+    scalars=lambda case: {"activation": "silu"},
     output="x",
     mutated=("conv_state",),
     exact=("conv_state",),
-    # powers of four sequences
-    sizes=tuple(10240 << power for power in range(0, 13, 2)),
+    # Powers of four sequences, and of two where a wave of blocks more or less is much of the time.
+    sizes=tuple(10240 << power for power in (0, 2, 4, 5, 6, 7, 8, 9, 10, 12)),
     # a few blocks, about one wave, streaming
     first_sizes=(10240 << 2, 10240 << 6, 10240 << 10),
     grid={"width": (4,)},

@@ -138,7 +138,9 @@ def _candidates(twin: str, statics: Mapping[str, int], dtype: str) -> list[Knobs
     ]
 
 
-def _vllm(function: Callable[..., Any], tensors: Tensors, out: torch.Tensor) -> Callable[[], torch.Tensor]:
+def _vllm(
+    function: Callable[..., Any], tensors: Tensors, out: torch.Tensor, **scalars: Any
+) -> Callable[[], torch.Tensor]:
     arguments = _expanded(tensors)
 
     def call() -> torch.Tensor:
@@ -155,7 +157,9 @@ def _vllm(function: Callable[..., Any], tensors: Tensors, out: torch.Tensor) -> 
     return call
 
 
-def _mamba_ssm(function: Callable[..., Any], tensors: Tensors, out: torch.Tensor) -> Callable[[], torch.Tensor]:
+def _mamba_ssm(
+    function: Callable[..., Any], tensors: Tensors, out: torch.Tensor, **scalars: Any
+) -> Callable[[], torch.Tensor]:
     arguments = _expanded(tensors)
     del out  # it allocates its own
 
@@ -183,7 +187,7 @@ def _expanded(tensors: Tensors) -> dict[str, torch.Tensor]:
 SELECTIVE_STATE_UPDATE = BenchOp(
     spec=_SPEC,
     positional=("state", "x", "dt", "A", "B", "C"),
-    scalars={"dt_softplus": True},
+    scalars=lambda case: {"dt_softplus": True},
     output="x",
     mutated=("state",),
     # vLLM's keys

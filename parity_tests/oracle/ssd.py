@@ -9,36 +9,10 @@ Chunked arrays put sequence n's chunk c at slot cu_seqlens[n] // L + n + c; slot
 hold no meaning.
 """
 
-import itertools
-from typing import Any, NamedTuple
-
 import numpy as np
 
-
-class _Chunk(NamedTuple):
-    b: int
-    slot: int
-    begin: int
-    end: int
-    sequence: int
-    first: bool
-    last: bool
-
-
-def _chunks(B: int, T: int, L: int, cu_seqlens: Any) -> tuple[int, list[_Chunk]]:
-    """(NC, the chunks that exist, each sequence's in order)."""
-    if cu_seqlens is None:
-        rows = [(b, 0, T, 0) for b in range(B)]
-        NC = -(-T // L)
-    else:
-        bounds = [int(bound) for bound in cu_seqlens]
-        rows = [(0, begin, end, begin // L + n) for n, (begin, end) in enumerate(itertools.pairwise(bounds))]
-        NC = T // L + len(rows)
-    found = []
-    for n, (b, begin, end, slot) in enumerate(rows):
-        for c, start in enumerate(range(begin, end, L)):
-            found.append(_Chunk(b, slot + c, start, min(start + L, end), n, c == 0, start + L >= end))
-    return NC, found
+from .chunks import Chunk
+from .chunks import chunks as chunks_of
 
 
 def _step(dt, dt_bias, dt_softplus: bool, dt_limit) -> np.ndarray:
@@ -60,7 +34,7 @@ def chunk_cumsum(dt, A, *, chunk_size, dt_bias=None, dt_softplus=False, dt_limit
     token dt is 0, so that the last entry is the chunk's total."""
     B, T, H = dt.shape
     step = _step(dt, dt_bias, dt_softplus, dt_limit)
-    NC, chunks = _chunks(B, T, chunk_size, cu_seqlens)
+    NC, chunks = chunks_of(B, T, chunk_size, cu_seqlens)
     out = np.full((B, H, NC, chunk_size), np.nan)
     for chunk in chunks:
         out[chunk.b, :, chunk.slot] = 0
@@ -72,7 +46,7 @@ def chunk_state(x, B, dt, dA_cumsum, *, cu_seqlens=None):
     """[B,NC,H,P,N]: the state that each chunk leaves when it starts from zero."""
     batch, T, H, P = x.shape
     Bh, x = _per_head(B, H), x.astype(np.float64)
-    NC, chunks = _chunks(batch, T, dA_cumsum.shape[-1], cu_seqlens)
+    NC, chunks = chunks_of(batch, T, dA_cumsum.shape[-1], cu_seqlens)
     states = np.full((batch, NC, H, P, Bh.shape[-1]), np.nan)
     for b, slot, begin, end, *_ in chunks:
         n, a = end - begin, dA_cumsum[b, :, slot].astype(np.float64)
@@ -88,7 +62,7 @@ def state_passing(states, dA_cumsum, *, initial_states=None, state_dtype=None, c
     L = dA_cumsum.shape[-1]
     # Dense or packed, the chunks of a sequence are neighbours; how many tokens they have does not matter here.
     T = NC * L if cu_seqlens is None else int(cu_seqlens[-1])
-    _, chunks = _chunks(B, T, L, cu_seqlens)
+    _, chunks = chunks_of(B, T, L, cu_seqlens)
     n_seq = B if cu_seqlens is None else len(cu_seqlens) - 1
     carry = np.zeros((n_seq, H, P, N)) if initial_states is None else initial_states.astype(np.float64)
     before = np.full(states.shape, np.nan)
@@ -102,7 +76,7 @@ def state_passing(states, dA_cumsum, *, initial_states=None, state_dtype=None, c
 def bmm_chunk(C, B, *, chunk_size, cu_seqlens=None):
     """[B,NC,G,L,L]: C[i]·B[j] of each chunk's tokens i and j, zero past its last token."""
     batch, T, G, _ = C.shape
-    NC, chunks = _chunks(batch, T, chunk_size, cu_seqlens)
+    NC, chunks = chunks_of(batch, T, chunk_size, cu_seqlens)
     out = np.full((batch, NC, G, chunk_size, chunk_size), np.nan)
     for b, slot, begin, end, *_ in chunks:
         n = end - begin
@@ -114,12 +88,12 @@ def bmm_chunk(C, B, *, chunk_size, cu_seqlens=None):
 
 def chunk_scan(CB, x, dt, dA_cumsum, C, states, *, D=None, z=None, cu_seqlens=None):
     """y [B,T,H,P] from the state before each chunk and the products within it."""
-    batch, T, H, P = x.shape
+    batch, T, H, _ = x.shape
     G = CB.shape[2]
     Ch, x64 = _per_head(C, H), x.astype(np.float64)
     y = np.zeros(x.shape)
     live = np.zeros((batch, T), bool)
-    for b, slot, begin, end, *_ in _chunks(batch, T, dA_cumsum.shape[-1], cu_seqlens)[1]:
+    for b, slot, begin, end, *_ in chunks_of(batch, T, dA_cumsum.shape[-1], cu_seqlens)[1]:
         n, a = end - begin, dA_cumsum[b, :, slot, : end - begin].astype(np.float64)
         decay = np.exp(np.minimum(a[:, :, None] - a[:, None, :], 0)) * dt[b, :, slot, None, :n]
         scores = np.repeat(CB[b, slot, :, :n, :n].astype(np.float64), H // G, axis=0) * decay
@@ -136,7 +110,7 @@ def mamba_chunk_scan_combined(
 ):  # fmt: skip
     """(y [B,T,H,P], final states [N_seq,H,P,N][, the state after each chunk [B,NC,H,P,N]]), token by token."""
     batch, T, H = dt.shape
-    NC, chunks = _chunks(batch, T, chunk_size, cu_seqlens)
+    NC, chunks = chunks_of(batch, T, chunk_size, cu_seqlens)
     if chunk_aligned:
         x, B, C = (_unaligned(tensor, T, chunk_size, chunks) for tensor in (x, B, C))
     P, N = x.shape[-1], B.shape[-1]
@@ -160,6 +134,28 @@ def mamba_chunk_scan_combined(
     return (y, final) if ends is None else (y, final, ends)
 
 
+def mamba_chunk_scan_by_stages(
+    x, dt, A, B, C, *, chunk_size, D=None, z=None, dt_bias=None, dt_softplus=False, dt_limit=(0.0, np.inf),
+    initial_states=None, cu_seqlens=None, return_intermediate_states=False, chunk_aligned=False,
+):  # fmt: skip
+    """`mamba_chunk_scan_combined` as the stages have it: equal up to float64's rounding, and quick enough for models' sizes."""
+    if chunk_aligned:
+        chunks = chunks_of(dt.shape[0], dt.shape[1], chunk_size, cu_seqlens)[1]
+        x, B, C = (_unaligned(tensor, dt.shape[1], chunk_size, chunks) for tensor in (x, B, C))
+    # Intermediate states belong to the caller's chunks; without them shorter ones are less work.
+    L = chunk_size if return_intermediate_states else min(chunk_size, 64)
+    packed = {"cu_seqlens": cu_seqlens}
+    dA_cumsum, step = chunk_cumsum(
+        dt, A, chunk_size=L, dt_bias=dt_bias, dt_softplus=dt_softplus, dt_limit=dt_limit, **packed
+    )
+    states = chunk_state(x, B, step, dA_cumsum, **packed)
+    before, final = state_passing(states, dA_cumsum, initial_states=initial_states, **packed)
+    y = chunk_scan(bmm_chunk(C, B, chunk_size=L, **packed), x, step, dA_cumsum, C, before, D=D, z=z, **packed)
+    if not return_intermediate_states:
+        return y, final
+    return y, final, before * np.exp(dA_cumsum[..., -1]).transpose(0, 2, 1)[..., None, None] + states
+
+
 def _finish(y, x, D, z, live) -> np.ndarray:
     if D is not None:
         D = np.asarray(D, np.float64)
@@ -170,7 +166,7 @@ def _finish(y, x, D, z, live) -> np.ndarray:
     return np.where(live[:, :, None, None], y, 0.0)
 
 
-def _unaligned(tensor: np.ndarray, T: int, L: int, chunks: list[_Chunk]) -> np.ndarray:
+def _unaligned(tensor: np.ndarray, T: int, L: int, chunks: list[Chunk]) -> np.ndarray:
     """Tokens at their own rows again, from sequences that begin at whole chunks."""
     rows = np.zeros((tensor.shape[0], T, *tensor.shape[2:]), tensor.dtype)
     for chunk in chunks:

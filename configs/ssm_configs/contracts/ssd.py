@@ -5,12 +5,24 @@ token, and sequence n's chunk c stands in slot cu_seqlens[n] // L + n + c of T /
 room. Slots that no chunk stands in are skipped: what they hold has no meaning.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ._shapes import FLOATS, INTEGERS, Shape, expect_dtype, expect_rank, expect_shape, format_shape
-
-PRECISIONS = ("ieee", "tf32")
+from ._shapes import (
+    FLOATS,
+    Shape,
+    expect_dtype,
+    expect_positive,
+    expect_rank,
+    expect_same_dtype,
+    expect_shape,
+    given_arguments,
+    sequences,
+)
+from ._shapes import check_chunk_size as check_chunk_size
+from ._shapes import check_flag as check_flag
+from ._shapes import check_precision as check_precision
+from ._shapes import chunks as chunks
 
 CHUNK_CUMSUM: tuple[str, ...] = ("dt", "A", "dt_bias", "cu_seqlens")
 CHUNK_STATE: tuple[str, ...] = ("x", "B", "dt", "dA_cumsum", "cu_seqlens")
@@ -58,56 +70,31 @@ def check_dt_limit(dt_limit: object) -> tuple[float, float]:
     return low, high
 
 
-def check_flag(name: str, value: object) -> bool:
-    if not isinstance(value, bool):
-        raise TypeError(f"{name}: expected a bool, got {type(value).__name__}")
-    return value
-
-
-def check_precision(precision: object) -> str:
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision: expected 'ieee' or 'tf32', got {precision!r}")
-    return str(precision)
-
-
 def check_state_dtype(name: str) -> str:
     """`name`: the dtype's, in the words of the tables."""
     expect_dtype("state_dtype", name, FLOATS)
     return name
 
 
-def check_chunk_size(chunk_size: object) -> int:
-    if isinstance(chunk_size, bool) or not isinstance(chunk_size, int):
-        raise TypeError(f"chunk_size: expected an int, got {type(chunk_size).__name__}")
-    if not 16 <= chunk_size <= 2048 or chunk_size & (chunk_size - 1):
-        raise ValueError(f"chunk_size: expected a power of two from 16 to 2048, got {chunk_size}")
-    return chunk_size
-
-
-def chunks(T: int, L: int, N_seq: int, packed: bool) -> int:
-    """Chunks of a batch row, or slots for those of all packed sequences."""
-    return T // L + N_seq if packed else -(-T // L)
-
-
 def check_chunk_cumsum(
     shapes: Mapping[str, Shape | None], dtypes: Mapping[str, str | None], *, chunk_size: object
 ) -> Dims:
-    given = _given(CHUNK_CUMSUM, shapes, dtypes)
+    given = given_arguments(CHUNK_CUMSUM, shapes, dtypes, integers=_INDICES)
     L = check_chunk_size(chunk_size)
     expect_rank("dt", given["dt"], "B T H")
     B, T, H = given["dt"]
     expect_shape("A", given["A"], {"H": H})
     if "dt_bias" in given:
         expect_shape("dt_bias", given["dt_bias"], {"H": H})
-    N_seq, packed = _sequences(given, "dt", B)
+    N_seq, packed = sequences(given, "dt", B)
     return Dims(B, T, H, 0, 0, 0, L, chunks(T, L, N_seq, packed), N_seq, packed, T)
 
 
 def check_chunk_state(shapes: Mapping[str, Shape | None], dtypes: Mapping[str, str | None]) -> Dims:
-    given = _given(CHUNK_STATE, shapes, dtypes)
+    given = given_arguments(CHUNK_STATE, shapes, dtypes, integers=_INDICES)
     expect_rank("x", given["x"], "B T H P")
     B, T, H, P = given["x"]
-    N_seq, packed = _sequences(given, "x", B)
+    N_seq, packed = sequences(given, "x", B)
     G, N = _check_group_tensor("B", given, dtypes, B, T, H)
     L, NC = _check_dA_cumsum(given, B, T, H, N_seq, packed)
     _check_chunked_dt(given, dtypes, B, H, NC, L)
@@ -115,7 +102,7 @@ def check_chunk_state(shapes: Mapping[str, Shape | None], dtypes: Mapping[str, s
 
 
 def check_state_passing(shapes: Mapping[str, Shape | None], dtypes: Mapping[str, str | None]) -> Dims:
-    given = _given(STATE_PASSING, shapes, dtypes)
+    given = given_arguments(STATE_PASSING, shapes, dtypes, integers=_INDICES)
     expect_rank("states", given["states"], "B NC H P N")
     B, NC, H, P, N = given["states"]
     expect_dtype("states", str(dtypes["states"]), ("float32",))
@@ -124,7 +111,7 @@ def check_state_passing(shapes: Mapping[str, Shape | None], dtypes: Mapping[str,
     L = given["dA_cumsum"][3]
     expect_shape("dA_cumsum", given["dA_cumsum"], {"B": B, "H": H, "NC": NC, "L": L})
     check_chunk_size(L)
-    N_seq, packed = _sequences(given, "states", B)
+    N_seq, packed = sequences(given, "states", B)
     _check_initial_states(given, N_seq, H, P, N)
     return Dims(B, 0, H, 0, P, N, L, NC, N_seq, packed, 0)
 
@@ -132,22 +119,22 @@ def check_state_passing(shapes: Mapping[str, Shape | None], dtypes: Mapping[str,
 def check_bmm_chunk(
     shapes: Mapping[str, Shape | None], dtypes: Mapping[str, str | None], *, chunk_size: object
 ) -> Dims:
-    given = _given(BMM_CHUNK, shapes, dtypes)
+    given = given_arguments(BMM_CHUNK, shapes, dtypes, integers=_INDICES)
     L = check_chunk_size(chunk_size)
     expect_rank("C", given["C"], "B T G N")
     B, T, G, N = given["C"]
     expect_shape("B", given["B"], {"B": B, "T": T, "G": G, "N": N})
-    _same_dtype("B", "C", dtypes)
-    _positive("C", given["C"], G=G, N=N)
-    N_seq, packed = _sequences(given, "C", B)
+    expect_same_dtype("B", "C", dtypes)
+    expect_positive("C", given["C"], G=G, N=N)
+    N_seq, packed = sequences(given, "C", B)
     return Dims(B, T, 0, G, 0, N, L, chunks(T, L, N_seq, packed), N_seq, packed, T)
 
 
 def check_chunk_scan(shapes: Mapping[str, Shape | None], dtypes: Mapping[str, str | None]) -> Dims:
-    given = _given(CHUNK_SCAN, shapes, dtypes)
+    given = given_arguments(CHUNK_SCAN, shapes, dtypes, integers=_INDICES)
     expect_rank("x", given["x"], "B T H P")
     B, T, H, P = given["x"]
-    N_seq, packed = _sequences(given, "x", B)
+    N_seq, packed = sequences(given, "x", B)
     G, N = _check_group_tensor("C", given, dtypes, B, T, H)
     L, NC = _check_dA_cumsum(given, B, T, H, N_seq, packed)
     _check_chunked_dt(given, dtypes, B, H, NC, L)
@@ -166,14 +153,14 @@ def check_combined(
     chunk_aligned: bool = False,
 ) -> Dims:
     """`chunk_aligned`: x, B and C have their sequences at whole chunks, as `causal_conv1d_split` writes them."""
-    given = _given(COMBINED, shapes, dtypes)
+    given = given_arguments(COMBINED, shapes, dtypes, integers=_INDICES)
     L = check_chunk_size(chunk_size)
     expect_rank("x", given["x"], "B T H P")
     B, rows, H, P = given["x"]
     expect_rank("dt", given["dt"], "B T H")
     T = given["dt"][1]
     expect_shape("dt", given["dt"], {"B": B, "T": T, "H": H})
-    N_seq, packed = _sequences(given, "x", B)
+    N_seq, packed = sequences(given, "x", B)
     NC = chunks(T, L, N_seq, packed)
     if rows != (NC * L if chunk_aligned else T):
         dims = {"B": B, "chunk_size x NC" if chunk_aligned else "T": NC * L if chunk_aligned else T, "H": H, "P": P}
@@ -183,7 +170,7 @@ def check_combined(
         expect_shape("dt_bias", given["dt_bias"], {"H": H})
     G, N = _check_group_tensor("B", given, dtypes, B, rows, H)
     expect_shape("C", given["C"], {"B": B, "T": rows, "G": G, "N": N})
-    _same_dtype("C", "x", dtypes)
+    expect_same_dtype("C", "x", dtypes)
     _check_D_and_z(given, dtypes, B, T, H, P)
     _check_initial_states(given, N_seq, H, P, N)
     S = 0
@@ -201,27 +188,6 @@ def check_combined(
     return Dims(B, T, H, G, P, N, L, NC, N_seq, packed, rows, S)
 
 
-def _given(
-    names: Sequence[str], shapes: Mapping[str, Shape | None], dtypes: Mapping[str, str | None]
-) -> dict[str, Shape]:
-    given = {name: shape for name in names if (shape := shapes.get(name)) is not None}
-    for name in given:
-        expect_dtype(name, str(dtypes[name]), INTEGERS if name in _INDICES else FLOATS)
-    return given
-
-
-def _sequences(given: Mapping[str, Shape], first: str, B: int) -> tuple[int, bool]:
-    """(N_seq, packed)."""
-    if "cu_seqlens" not in given:
-        return B, False
-    expect_rank("cu_seqlens", given["cu_seqlens"], "N_seq+1")
-    if given["cu_seqlens"][0] < 1:
-        raise ValueError("cu_seqlens: expected shape (N_seq + 1,) with at least one entry, got (0,)")
-    if B != 1:
-        raise ValueError(f"{first}: expected B=1 with cu_seqlens, got {format_shape(given[first])}")
-    return given["cu_seqlens"][0] - 1, True
-
-
 def _check_group_tensor(
     name: str, given: Mapping[str, Shape], dtypes: Mapping[str, str | None], B: int, T: int, H: int
 ) -> tuple[int, int]:
@@ -229,17 +195,15 @@ def _check_group_tensor(
     expect_rank(name, given[name], "B T G N")
     G, N = given[name][2:]
     expect_shape(name, given[name], {"B": B, "T": T, "G": G, "N": N})
-    _same_dtype(name, "x", dtypes)
-    _positive("x", given["x"], H=H, P=given["x"][3])
-    _positive(name, given[name], G=G, N=N)
+    expect_same_dtype(name, "x", dtypes)
+    expect_positive("x", given["x"], H=H, P=given["x"][3])
+    expect_positive(name, given[name], G=G, N=N)
     if H % G:
         raise ValueError(f"{name}: expected G to divide H={H}, got G={G}")
     return G, N
 
 
-def _check_dA_cumsum(
-    given: Mapping[str, Shape], B: int, T: int, H: int, N_seq: int, packed: bool
-) -> tuple[int, int]:
+def _check_dA_cumsum(given: Mapping[str, Shape], B: int, T: int, H: int, N_seq: int, packed: bool) -> tuple[int, int]:
     """(L, NC)."""
     expect_rank("dA_cumsum", given["dA_cumsum"], "B H NC L")
     L = check_chunk_size(given["dA_cumsum"][3])
@@ -263,20 +227,9 @@ def _check_D_and_z(
         expect_shape("D", given["D"], {"H": H}, {"H": H, "P": P})
     if "z" in given:
         expect_shape("z", given["z"], {"B": B, "T": T, "H": H, "P": P})
-        _same_dtype("z", "x", dtypes)
+        expect_same_dtype("z", "x", dtypes)
 
 
 def _check_initial_states(given: Mapping[str, Shape], N_seq: int, H: int, P: int, N: int) -> None:
     if "initial_states" in given:
         expect_shape("initial_states", given["initial_states"], {"N_seq": N_seq, "H": H, "P": P, "N": N})
-
-
-def _same_dtype(name: str, other: str, dtypes: Mapping[str, str | None]) -> None:
-    if dtypes[name] != dtypes[other]:
-        raise TypeError(f"{name}: expected the dtype of {other}, {dtypes[other]}, got {dtypes[name]}")
-
-
-def _positive(name: str, shape: Shape, **sizes: int) -> None:
-    for dim, size in sizes.items():
-        if size < 1:
-            raise ValueError(f"{name}: expected {dim} >= 1, got shape {format_shape(shape)}")
