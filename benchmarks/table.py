@@ -37,6 +37,13 @@ LINES = {
         for dtype in ("float32", "bfloat16")
         for size in (1024, 8192, 65536)
     ),
+    "mamba_chunk_scan_combined": (
+        Line("scan, 8192 tokens × 128 heads", "Nemotron-H-8B (H=128, G=8): T=8192", {}),
+        Line("the same, four packed and resumed sequences", "Nemotron-H-8B, four packed and resumed sequences: T=8192", {}),
+        Line("scan, 1024 tokens × 128 heads", "Nemotron-H-8B (H=128, G=8): T=1024", {}),
+        Line("scan, 8192 tokens × 80 heads", "Mamba2-2.7B (H=80, G=1): T=8192", {}),
+        Line("scan, 8192 tokens × 16 heads", "Nemotron-H-8B/TP8 (H=16, G=1): T=8192", {}),
+    ),
     "causal_conv1d": (
         Line("convolution, 8192 tokens × 10240 channels", "one sequence, D=10240: T=8192", {}),
         Line("the same, four packed sequences", "four packed sequences, D=10240: T=8192", {}),
@@ -73,8 +80,8 @@ def table(device: str = "NVIDIA_H200") -> str:
     )
     return (
         f"## Speed\n\nMicroseconds on one {device.replace('_', ' ')} (driver {versions['driver']}; {software}): device time, "
-        "cold L2, median, random data,\neach operator in one process. Decode: headdim 64, dstate 128, 8 groups. Convolution: "
-        "width 4, bias, SiLU, a pool of states.\nActivations are bf16. The copy moves the operator's minimum bytes at the "
+        "cold L2, median, random data,\neach operator in one process. Decode: headdim 64, dstate 128, 8 groups. Scan: the same "
+        "sizes, from raw dt, with D and final states.\nConvolution: width 4, bias, SiLU, a pool of states. Activations are bf16. The copy moves the operator's minimum bytes at the "
         "measured copy bandwidth. FLA runs\nits packed form, with the config that its own autotuner chose for the first "
         f"shape it met. All rows and plots are in\n`benchmarks/results/{device}`.\n\n{rendered}\n"
     )

@@ -3,6 +3,7 @@
 from ssm_configs import override as override
 
 from . import layouts as layouts
+from . import ssd as ssd
 from ._explain import explain as explain
 from .bucket import bucket as bucket
 from .causal_conv1d import causal_conv1d as causal_conv1d
@@ -10,6 +11,7 @@ from .causal_conv1d import causal_conv1d_split as causal_conv1d_split
 from .causal_conv1d_update import causal_conv1d_update as causal_conv1d_update
 from .forbid_compiles import forbid_compiles as forbid_compiles
 from .selective_state_update import selective_state_update as selective_state_update
+from .ssd import mamba_chunk_scan_combined as mamba_chunk_scan_combined
 
 __all__ = [
     "bucket",
@@ -19,6 +21,8 @@ __all__ = [
     "explain",
     "forbid_compiles",
     "layouts",
+    "mamba_chunk_scan_combined",
     "override",
     "selective_state_update",
+    "ssd",
 ]

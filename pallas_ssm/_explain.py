@@ -1,5 +1,6 @@
 """Which implementation a call would get, with which launch parameters, and why."""
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +13,9 @@ from . import _causal_conv1d_dispatch as conv
 from . import _causal_conv1d_launch as conv_launch
 from . import _selective_state_update_dispatch as ssu
 from . import _selective_state_update_launch as ssu_launch
+from . import ssd
 from ._arguments import ARRAYS
+from .ssd import _dispatch as ssd_dispatch
 
 _SSU_OPTIONS = dict.fromkeys((*ssu.contract.OPTIONAL, "null_slot", "rounding_seed"))
 
@@ -28,12 +31,14 @@ class Explanation:
     launch: Any = None
     """The kernel's launch as it will be. Its knobs may have given way to what the shape has; None for XLA."""
     lookup: ssm_configs.Explanation | None = None
-    """Every rule of the look-up in order, and the one that decided; None for XLA."""
+    """Every rule of the look-up in order, and the one that decided; None where no table was asked."""
 
     def __str__(self) -> str:
         lines = [f"{self.op}: {self.implementation} ({self.reason})"]
         if self.lookup is not None:
-            lines += [str(self.lookup), f"  launched as {self.launch}"]
+            lines.append(str(self.lookup))
+        if self.launch is not None:
+            lines.append(f"  launched as {self.launch}")
         return "\n".join(lines)
 
 
@@ -41,7 +46,7 @@ def explain(op: str, *args: Any, implementation: str | None = None, **kwargs: An
     """What `op` would do with these arguments; nothing runs.
 
     Args:
-        op: the operator's name, say "selective_state_update".
+        op: the operator's name, say "selective_state_update" or "ssd.chunk_scan".
         *args, **kwargs: those of the operator. Shapes and dtypes are enough: a `jax.ShapeDtypeStruct` may stand for any
             array.
         implementation: as for the operator, whose errors are raised here too.
@@ -73,9 +78,21 @@ def _convolution(op: str, implementation: str | None, *args: Any, **kwargs: Any)
     return Explanation(op, choice.implementation, choice.reason, choice.launch, ssm_configs.explain(table, **request))
 
 
+def _ssd(op: str, implementation: str | None, *args: Any, kinds: Any, **kwargs: Any) -> Explanation:
+    name = op.rpartition(".")[2]
+    given = inspect.signature(getattr(ssd, name)).bind(*args, **kwargs).arguments
+    stage = {} if op == ssd_dispatch.COMBINED else {"op": name}
+    prepare = ssd_dispatch.prepare_stage if stage else ssd_dispatch.prepare_combined
+    choice = ssd_dispatch.choose(prepare(**stage, **given, kinds=kinds), implementation)
+    lookup = None if choice.request is None else ssm_configs.explain(op, **choice.request)
+    return Explanation(op, choice.implementation, choice.reason, choice.launch, lookup)
+
+
 _OPS: dict[str, Callable[..., Explanation]] = {
     ssu_launch.OP: _selective_state_update,
     conv_launch.PREFILL: _convolution,
     f"{conv_launch.PREFILL}_split": _convolution,
     conv_launch.UPDATE: _convolution,
+    ssd_dispatch.COMBINED: _ssd,
+    **{f"ssd.{name}": _ssd for name in ssd.__all__ if name != ssd_dispatch.COMBINED},
 }

@@ -8,6 +8,9 @@ Convolution: a state pool is [S,L,D] here, a slot's first W - 1 rows being its h
 [S,D,L] (its memory is [S,L,D] in layout SD, which the transposed view shares, and [S,D,L] in layout DS). causal-conv1d and
 mamba_ssm keep [S,D,state_len] with the newest input last and state_len >= W - 1, often W. Weights are [D,W] in all of them
 and [D,1,W] in a torch Conv1d.
+
+Chunk-aligned rows, which `causal_conv1d_split` writes and `mamba_chunk_scan_combined` takes: every sequence begins at a
+multiple of the chunk size L, dense in T padded to one, packed at row L·(cu_seqlens[n] // L + n) of L·(T // L + N_seq).
 """
 
 from typing import Any, NamedTuple
@@ -120,6 +123,53 @@ def conv_weight_from_conv1d(weight: jax.Array) -> jax.Array:
     if weight.ndim != 3 or weight.shape[1] != 1:
         raise ValueError(f"weight: expected shape (D, 1, W), got {tuple(weight.shape)}")
     return weight[:, 0]
+
+
+def to_chunk_aligned(tensor: jax.Array, *, chunk_size: int, cu_seqlens: jax.Array | None = None) -> jax.Array:
+    """[B,T,…] to [B,rows,…], chunk-aligned; rows that hold no token are zero."""
+    _check_chunk_size(chunk_size)
+    T = tensor.shape[1]
+    row = jnp.arange(chunk_size * _chunks(T, chunk_size, cu_seqlens))
+    if cu_seqlens is None:
+        return _take(tensor, row, row < T)
+    first = cu_seqlens // chunk_size + jnp.arange(len(cu_seqlens))
+    # The last sequence whose first slot is not after the row's own.
+    n = jnp.clip(jnp.searchsorted(first, row // chunk_size, side="right") - 1, 0, max(len(cu_seqlens) - 2, 0))
+    token = cu_seqlens[n] + row - first[n] * chunk_size
+    return _take(tensor, token, token < cu_seqlens[jnp.minimum(n + 1, len(cu_seqlens) - 1)])
+
+
+def from_chunk_aligned(
+    tensor: jax.Array, *, chunk_size: int, tokens: int, cu_seqlens: jax.Array | None = None
+) -> jax.Array:
+    """[B,rows,…], chunk-aligned, to [B,T,…] with T = tokens; tokens at or past cu_seqlens[-1] are zero."""
+    _check_chunk_size(chunk_size)
+    rows = chunk_size * _chunks(tokens, chunk_size, cu_seqlens)
+    if tensor.shape[1] != rows:
+        raise ValueError(f"tensor: expected {rows} rows for {tokens} tokens, got shape {tuple(tensor.shape)}")
+    if cu_seqlens is None:
+        return tensor[:, :tokens]
+    token = jnp.arange(tokens)
+    n = jnp.clip(jnp.searchsorted(cu_seqlens, token, side="right") - 1, 0, len(cu_seqlens) - 1)
+    begin = cu_seqlens[n]
+    return _take(tensor, (begin // chunk_size + n) * chunk_size + token - begin, token < cu_seqlens[-1])
+
+
+def _check_chunk_size(chunk_size: int) -> None:
+    if chunk_size < 1:
+        raise ValueError(f"chunk_size: expected at least 1, got {chunk_size}")
+
+
+def _chunks(T: int, L: int, cu_seqlens: jax.Array | None) -> int:
+    return -(-T // L) if cu_seqlens is None else T // L + len(cu_seqlens) - 1
+
+
+def _take(tensor: jax.Array, index: jax.Array, live: jax.Array) -> jax.Array:
+    """The rows of every batch row, zeros where they are not `live`."""
+    if not tensor.shape[1]:
+        return jnp.zeros((tensor.shape[0], len(index), *tensor.shape[2:]), tensor.dtype)
+    found = jnp.take(tensor, index, axis=1, mode="clip")
+    return jnp.where(live.reshape(1, -1, *(1,) * (tensor.ndim - 2)), found, 0)
 
 
 def _swap(array: jax.Array) -> jax.Array:

@@ -1,7 +1,7 @@
 """Mends Triton 3.6's interpreter where it would fail a right kernel. Import before the first launch; tests only.
 
-Its cast from fp32 to bf16 drops the low bits where hardware rounds to nearest even. (Its bf16 arithmetic is wrong too;
-kernels here use bf16 as storage alone.)
+Its cast from fp32 to bf16 drops the low bits where hardware rounds to nearest even, and its products multiply the bits of bf16
+operands, not their values. (Other bf16 arithmetic is wrong there, too; kernels here have none.)
 """
 
 import ml_dtypes
@@ -21,3 +21,21 @@ def _convert_float(data, from_type, to_type, rounding_mode):
 
 
 interpreter._convert_float = _convert_float
+
+
+_stock_create_dot = interpreter.InterpreterBuilder.create_dot
+
+
+def _create_dot(self, a, b, d, input_precision, max_num_imprecise_acc):
+    # What 16 bits hold, fp32 does, and so it does their products.
+    return _stock_create_dot(self, _as_float32(a), _as_float32(b), d, input_precision, max_num_imprecise_acc)
+
+
+def _as_float32(handle):
+    if handle.dtype.scalar != tl.bfloat16:
+        return handle
+    values = np.ascontiguousarray(handle.data).view(ml_dtypes.bfloat16).astype(np.float32)
+    return interpreter.TensorHandle(values, tl.float32)
+
+
+interpreter.InterpreterBuilder.create_dot = _create_dot

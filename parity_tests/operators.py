@@ -54,6 +54,9 @@ class Operator:
     rounded_to: Callable[[Case, str], tuple[str, ...]] = _stored
     """The dtypes that a result has been rounded to on its way; its tolerance is the widest of theirs."""
 
+    table_dtype: Callable[[Case], str] = lambda case: case.dtype
+    """The dtype that its tables go by."""
+
     @property
     def table(self) -> str:
         """The name of its tables."""
@@ -97,17 +100,38 @@ def _scan_sizes(case: Case) -> tuple[int, dict[str, int]]:
     return case.dims["B"] * case.dims["T"], {"nheads": H, "headdim": P, "dstate": N}
 
 
+_STATIC_NAMES = {"H": "nheads", "P": "headdim", "N": "dstate", "L": "chunk_size"}
+
+
+def _stage_sizes(per_token: str, statics: str) -> Sizes:
+    """Tokens times the dimension `per_token`, and the dimensions that are static keys."""
+
+    def sizes(case: Case) -> tuple[int, dict[str, int]]:
+        dims = case.dims
+        return dims["B"] * dims["T"] * dims.get(per_token, 1), {_STATIC_NAMES[dim]: dims[dim] for dim in statics}
+
+    return sizes
+
+
+def _passing_sizes(case: Case) -> tuple[int, dict[str, int]]:
+    n_seq = len(case.options["lengths"]) if "lengths" in case.options else case.dims["B"]
+    return n_seq * case.dims["H"], {"headdim": case.dims["P"], "dstate": case.dims["N"]}
+
+
 OPERATORS = {
     operator.name: operator
     for operator in (
-        Operator("selective_state_update", _decode_sizes, mutated=0),
+        Operator("selective_state_update", _decode_sizes, mutated=0, table_dtype=lambda case: case.state_dtype),
         Operator("causal_conv1d", _conv_sizes, exact_state=True),
         Operator("causal_conv1d_update", _conv_update_sizes, mutated=1, exact_state=True),
-        Operator("ssd.chunk_cumsum", _scan_sizes, outputs=("dA_cumsum", "dt"), rounded_to=_fp32),
-        Operator("ssd.chunk_state", _scan_sizes, outputs=("states",), rounded_to=_computed),
-        Operator("ssd.state_passing", _scan_sizes, outputs=("before", "final"), rounded_to=_passed),
-        Operator("ssd.bmm_chunk", _scan_sizes, outputs=("CB",), rounded_to=_fp32),
-        Operator("ssd.chunk_scan", _scan_sizes, outputs=("y",), rounded_to=_computed),
+        Operator("ssd.chunk_cumsum", _stage_sizes("", "HL"), outputs=("dA_cumsum", "dt"), rounded_to=_fp32),
+        Operator("ssd.chunk_state", _stage_sizes("H", "PNL"), outputs=("states",), rounded_to=_computed),
+        Operator(
+            "ssd.state_passing", _passing_sizes, outputs=("before", "final"), rounded_to=_passed,
+            table_dtype=lambda case: "float32",
+        ),
+        Operator("ssd.bmm_chunk", _stage_sizes("G", "NL"), outputs=("CB",), rounded_to=_fp32),
+        Operator("ssd.chunk_scan", _stage_sizes("H", "PNL"), outputs=("y",), rounded_to=_computed),
         Operator(
             "mamba_chunk_scan_combined", _scan_sizes, outputs=("y", "final", "intermediate"), rounded_to=_computed
         ),

@@ -94,7 +94,7 @@ def table_row(case: Case, implementation: str, device: ssm_configs.Device) -> st
         operator.table,
         twin="triton" if implementation == "triton" else "pallas",
         device=device,
-        dtype=case.state_dtype,
+        dtype=operator.table_dtype(case),
         size=size,
         **statics,
     )

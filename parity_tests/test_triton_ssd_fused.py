@@ -1,4 +1,4 @@
-"""The fused path of triton_ssm's `mamba_chunk_scan_combined` against the float64 oracle, kernel by kernel in the interpreter."""
+"""The fused path of triton_ssm's `mamba_chunk_scan_combined` against the float64 oracle, in the interpreter."""
 
 import math
 from typing import Any

@@ -3,18 +3,24 @@
 from ssm_configs import override as override
 
 from . import layouts as layouts
+from . import ssd as ssd
 from ._explain import explain as explain
 from .causal_conv1d import causal_conv1d as causal_conv1d
 from .causal_conv1d import causal_conv1d_split as causal_conv1d_split
 from .causal_conv1d_update import causal_conv1d_update as causal_conv1d_update
+from .forbid_compiles import forbid_compiles as forbid_compiles
 from .selective_state_update import selective_state_update as selective_state_update
+from .ssd import mamba_chunk_scan_combined as mamba_chunk_scan_combined
 
 __all__ = [
     "causal_conv1d",
     "causal_conv1d_split",
     "causal_conv1d_update",
     "explain",
+    "forbid_compiles",
     "layouts",
+    "mamba_chunk_scan_combined",
     "override",
     "selective_state_update",
+    "ssd",
 ]

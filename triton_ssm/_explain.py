@@ -7,13 +7,26 @@ import ssm_configs
 from .causal_conv1d import config_request as _causal_conv1d
 from .causal_conv1d_update import config_request as _causal_conv1d_update
 from .selective_state_update import config_request as _selective_state_update
+from .ssd.bmm_chunk import config_request as _bmm_chunk
+from .ssd.chunk_cumsum import config_request as _chunk_cumsum
+from .ssd.chunk_scan import config_request as _chunk_scan
+from .ssd.chunk_state import config_request as _chunk_state
+from .ssd.combined import explained as _mamba_chunk_scan_combined
+from .ssd.state_passing import config_request as _state_passing
 
 _OPS = {
     "selective_state_update": ("selective_state_update", _selective_state_update),
     "causal_conv1d": ("causal_conv1d", _causal_conv1d),
     "causal_conv1d_split": ("causal_conv1d", _causal_conv1d),
     "causal_conv1d_update": ("causal_conv1d_update", _causal_conv1d_update),
+    "ssd.chunk_cumsum": ("ssd_chunk_cumsum", _chunk_cumsum),
+    "ssd.chunk_state": ("ssd_chunk_state", _chunk_state),
+    "ssd.state_passing": ("ssd_state_passing", _state_passing),
+    "ssd.bmm_chunk": ("ssd_bmm_chunk", _bmm_chunk),
+    "ssd.chunk_scan": ("ssd_chunk_scan", _chunk_scan),
 }
+# Those that also choose a path.
+_EXPLAINED = {"mamba_chunk_scan_combined": _mamba_chunk_scan_combined}
 
 
 def explain(op: str, *args: Any, **kwargs: Any) -> ssm_configs.Explanation:
@@ -25,8 +38,10 @@ def explain(op: str, *args: Any, **kwargs: Any) -> ssm_configs.Explanation:
         op: the operator's name, say "selective_state_update".
         *args, **kwargs: those of the operator, whose errors are raised here too.
     """
-    if op not in _OPS:
-        raise ValueError(f"op: expected one of {tuple(_OPS)}, got {op!r}")
-    table, request = _OPS[op]
+    if op not in (*_OPS, *_EXPLAINED):
+        raise ValueError(f"op: expected one of {(*_OPS, *_EXPLAINED)}, got {op!r}")
     kwargs.pop("out", None)  # where y goes has no say in how it is computed
+    if op in _EXPLAINED:
+        return _EXPLAINED[op](*args, **kwargs)
+    table, request = _OPS[op]
     return ssm_configs.explain(table, **request(*args, **kwargs))

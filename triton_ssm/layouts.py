@@ -8,11 +8,16 @@ Convolution: a state pool is [S,L,D] here, a slot's first W - 1 rows being its h
 [S,D,L] (its memory is [S,L,D] in layout SD, which the transposed view shares, and [S,D,L] in layout DS). causal-conv1d and
 mamba_ssm keep [S,D,state_len] with the newest input last and state_len >= W - 1, often W. Weights are [D,W] in all of them
 and [D,1,W] in a torch Conv1d.
+
+Chunk-aligned rows, which `causal_conv1d_split` writes and `mamba_chunk_scan_combined` takes: every sequence begins at a
+multiple of the chunk size L, dense in T padded to one, packed at row L·(cu_seqlens[n] // L + n) of L·(T // L + N_seq).
 """
 
 from typing import Any, NamedTuple
 
 import torch
+
+from . import _chunk_rows
 
 
 class PerHead(NamedTuple):
@@ -119,3 +124,25 @@ def conv_weight_from_conv1d(weight: torch.Tensor) -> torch.Tensor:
     if weight.ndim != 3 or weight.shape[1] != 1:
         raise ValueError(f"weight: expected shape (D, 1, W), got {tuple(weight.shape)}")
     return weight[:, 0]
+
+
+def to_chunk_aligned(tensor: torch.Tensor, *, chunk_size: int, cu_seqlens: torch.Tensor | None = None) -> torch.Tensor:
+    """[B,T,…] to [B,rows,…], chunk-aligned; rows that hold no token are zero."""
+    T = tensor.shape[1]
+    row = torch.arange(_chunk_rows.rows(T, chunk_size, cu_seqlens), device=tensor.device)
+    if cu_seqlens is None:
+        return _chunk_rows.take(tensor, row, row < T)
+    return _chunk_rows.take(tensor, *_chunk_rows.token_of_row(row, chunk_size, cu_seqlens.long()))
+
+
+def from_chunk_aligned(
+    tensor: torch.Tensor, *, chunk_size: int, tokens: int, cu_seqlens: torch.Tensor | None = None
+) -> torch.Tensor:
+    """[B,rows,…], chunk-aligned, to [B,T,…] with T = tokens; tokens at or past cu_seqlens[-1] are zero."""
+    rows = _chunk_rows.rows(tokens, chunk_size, cu_seqlens)
+    if tensor.shape[1] != rows:
+        raise ValueError(f"tensor: expected {rows} rows for {tokens} tokens, got shape {tuple(tensor.shape)}")
+    if cu_seqlens is None:
+        return tensor[:, :tokens]
+    token = torch.arange(tokens, device=tensor.device)
+    return _chunk_rows.take(tensor, *_chunk_rows.row_of_token(token, chunk_size, cu_seqlens.long()))

@@ -154,7 +154,7 @@ def chunk_gated_delta_rule_by_stages(
     """`chunk_gated_delta_rule` as the stages have it: equal up to float64's rounding, and quick enough for models' sizes."""
     if use_qk_l2norm:
         q, k = (_l2norm(tensor.astype(np.float64)) for tensor in (q, k))
-    packed = {"cu_seqlens": cu_seqlens}
+    packed: dict[str, Any] = {"cu_seqlens": cu_seqlens}
     gate = chunk_local_cumsum(g, chunk_size=chunk_size, **packed)
     A = solve_tril(chunk_scaled_dot_kkt(k, beta, g=gate, chunk_size=chunk_size, **packed), **packed)
     w, u = recompute_w_u(k, v, beta, A, g=gate, **packed)

@@ -11,9 +11,12 @@ _SMS = 132
 
 _FUSED = Knob("FUSED", bool, "the fused path (False: the five stages one after another)")
 _PIECE = Knob("CHUNKS_PER_PIECE", range(1, 65537), "chunks of 64 tokens that one program scans; pieces run in parallel")
+_STATES = Knob(
+    "STATES_PER_PIECE", (1, 2, 4, 8), "programs that share the end state of a piece (as many as divide its chunks)"
+)
 _STAGES = Knob("num_stages", (2, 3, 4), "chunks on their way into shared memory")
 
-_KNOBS = (_FUSED, _PIECE, _STAGES)
+_KNOBS = (_FUSED, _PIECE, _STATES, _STAGES)
 
 
 def pallas_rule(shared: Mapping[str, Value], statics: Statics) -> Knobs:
@@ -27,7 +30,8 @@ def heuristic(statics: Statics, dtype: str, device: Device, size: int) -> Knobs:
     del device
     pieces = max(1, 2 * _SMS // statics["nheads"])
     chunks = -(-size // CHUNK)
-    return {"FUSED": dtype != "float32", "CHUNKS_PER_PIECE": min(max(1, -(-chunks // pieces)), 65536), "num_stages": 2}
+    piece = min(max(1, -(-chunks // pieces)), 65536)
+    return {"FUSED": dtype != "float32", "CHUNKS_PER_PIECE": piece, "STATES_PER_PIECE": 1, "num_stages": 2}
 
 
 MAMBA_CHUNK_SCAN_COMBINED = OpSpec(
@@ -41,7 +45,7 @@ MAMBA_CHUNK_SCAN_COMBINED = OpSpec(
     size_key="tokens",
     knobs=_KNOBS,
     triton_knobs=_KNOBS,
-    pallas_knobs=_KNOBS,
+    pallas_knobs=(_FUSED, _PIECE, _STAGES),
     pallas_rule=pallas_rule,
     heuristic=heuristic,
     tuned_at=("B", "T"),

@@ -1,0 +1,105 @@
+"""What the Mosaic GPU kernels of the stages share: tiles in shared memory, and where a chunk's tokens are."""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from ssm_configs.contracts.ssd import Dims
+
+# Rows of a tile: what one warpgroup multiplies at a time.
+ROWS = 64
+# Columns of 16 bits that a row of 128 bytes holds.
+COLUMNS = 64
+
+LAYOUT = plgpu.Layout.WGMMA
+DOWN, ACROSS = LAYOUT.reduce(1), LAYOUT.reduce(0)
+"""A number for every row of a tile, and for every column."""
+
+# Conversions between layouts are wanted nowhere: an element is read by the thread that works on it.
+load = partial(plgpu.load, optimized=False)
+
+
+def tile(columns: int, dtype: Any) -> Any:
+    """(view for TMA, view for wgmma) of one piece of shared memory: 64 rows by `columns`, in pieces of 64 columns.
+
+    Mosaic GPU lets TMA write a tiled view only where it can prove that the first row is a multiple of 8, which the first token
+    of a packed sequence is not. Rows of 128 swizzled bytes lie the same with the tiling and without.
+    """
+    shape, swizzle = (columns // COLUMNS, ROWS, COLUMNS), plgpu.SwizzleTransform(128)
+    return plgpu.RefUnion(
+        plgpu.SMEM(shape, jnp.dtype(dtype), transforms=(swizzle,)),
+        plgpu.SMEM(shape, jnp.dtype(dtype), transforms=(plgpu.TilingTransform((8, COLUMNS)), swizzle)),
+    )
+
+
+def fetch(rows: Any, into: Any, barrier: Any) -> None:
+    """[64, columns] of global memory, however the rows lie; the barrier sees an arrival for each 64 columns."""
+    for k in range(into[0].shape[0]):
+        plgpu.copy_gmem_to_smem(rows.at[:, pl.ds(k * COLUMNS, COLUMNS)], into[0].at[k], barrier)
+
+
+def down(vector: jax.Array, columns: int) -> jax.Array:
+    return lax.broadcast_in_dim(vector, (vector.shape[0], columns), [0])
+
+
+def across(vector: jax.Array, rows: int) -> jax.Array:
+    return lax.broadcast_in_dim(vector, (rows, vector.shape[0]), [1])
+
+
+def indices(axis: int, columns: int = COLUMNS) -> jax.Array:
+    """Each element's row (axis 0) or column (axis 1)."""
+    return plgpu.broadcasted_iota(jnp.int32, (ROWS, columns), axis, layout=LAYOUT)
+
+
+@dataclass(frozen=True)
+class Where:
+    """The tokens of one chunk."""
+
+    begin: jax.Array
+    """The first, in its batch row."""
+    length: jax.Array
+    """How many; none (or fewer than none) where no chunk stands in the slot."""
+    sequence: jax.Array
+    first: jax.Array
+    """Whether its sequence begins with it."""
+
+
+def locate(dims: Dims, cu_seqlens: Any, b: jax.Array, slot: jax.Array) -> Where:
+    """The chunk in `slot` of batch row b."""
+    if not dims.packed:
+        begin = slot * dims.L
+        return Where(begin, jnp.minimum(dims.T - begin, dims.L), b, slot == 0)
+
+    def bound(n: jax.Array) -> jax.Array:
+        # Bounds are data: whatever they hold, no token outside [0, T) is touched.
+        return jnp.where(n == 0, 0, jnp.clip(cu_seqlens[n], 0, dims.T))
+
+    def first_slot(n: jax.Array) -> jax.Array:
+        return lax.div(bound(n), jnp.int32(dims.L)) + n
+
+    # The last sequence whose first slot is not past this one.
+    low, high = jnp.int32(0), jnp.int32(dims.N_seq)
+    for _ in range(max(dims.N_seq - 1, 0).bit_length()):
+        middle = lax.div(low + high, jnp.int32(2))
+        here = first_slot(middle) <= slot
+        low, high = jnp.where(here, middle, low), jnp.where(here, high, middle)
+    chunk = slot - first_slot(low)
+    begin = bound(low) + chunk * dims.L
+    return Where(begin, jnp.minimum(bound(low + 1) - begin, dims.L), low, chunk == 0)
+
+
+def clear_rows(ref: Any, length: jax.Array) -> None:
+    """Rows of a tile (as wgmma sees it) at or past `length` become zero: they are other sequences' tokens, and may be NaN."""
+
+    @pl.when(length < ROWS)
+    def _():
+        for k in range(ref.shape[0]):
+            rows = load(ref.at[k], layout=LAYOUT)
+            ref.at[k][...] = jnp.where(indices(0) < length, rows, jnp.zeros_like(rows))
+        plgpu.commit_smem()
