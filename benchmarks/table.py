@@ -80,10 +80,11 @@ def table(device: str = "NVIDIA_H200") -> str:
     )
     return (
         f"## Speed\n\nMicroseconds on one {device.replace('_', ' ')} (driver {versions['driver']}; {software}): device time, "
-        "cold L2, median, random data,\neach operator in one process. Decode: headdim 64, dstate 128, 8 groups. Scan: the same "
-        "sizes, from raw dt, with D and final states.\nConvolution: width 4, bias, SiLU, a pool of states. Activations are bf16. The copy moves the operator's minimum bytes at the "
-        "measured copy bandwidth. FLA runs\nits packed form, with the config that its own autotuner chose for the first "
-        f"shape it met. All rows and plots are in\n`benchmarks/results/{device}`.\n\n{rendered}\n"
+        "cold L2, median, random data,\neach operator in one process. Decode: headdim 64, dstate 128, 8 groups. Scan: the "
+        "same sizes, from raw dt, with D and final states.\nConvolution: width 4, bias, SiLU, a pool of states. Activations "
+        "are bf16. The copy moves the operator's minimum bytes at the\nmeasured copy bandwidth. FLA runs its packed form, "
+        "with the config that its own autotuner chose for the first shape it met.\nAll rows and plots are in "
+        f"`benchmarks/results/{device}`.\n\n{rendered}\n"
     )
 
 

@@ -13,8 +13,10 @@ from . import _causal_conv1d_dispatch as conv
 from . import _causal_conv1d_launch as conv_launch
 from . import _selective_state_update_dispatch as ssu
 from . import _selective_state_update_launch as ssu_launch
-from . import ssd
+from . import gdn, ssd
 from ._arguments import ARRAYS
+from .gdn import _dispatch as gdn_dispatch
+from .gdn import _recurrent_dispatch as gdn_recurrent
 from .ssd import _dispatch as ssd_dispatch
 
 _SSU_OPTIONS = dict.fromkeys((*ssu.contract.OPTIONAL, "null_slot", "rounding_seed"))
@@ -88,7 +90,18 @@ def _ssd(op: str, implementation: str | None, *args: Any, kinds: Any, **kwargs: 
     return Explanation(op, choice.implementation, choice.reason, choice.launch, lookup)
 
 
+def _gdn(op: str, implementation: str | None, *args: Any, kinds: Any, **kwargs: Any) -> Explanation:
+    name = op.rpartition(".")[2]
+    given = inspect.signature(getattr(gdn, name)).bind(*args, **kwargs).arguments
+    if op == gdn_recurrent.OP:
+        choice = gdn_recurrent.choose(gdn_recurrent.prepare(**given, kinds=kinds), implementation)
+    else:
+        choice = gdn_dispatch.choose(gdn_dispatch.prepare(name, **given, kinds=kinds), implementation)
+    return Explanation(op, choice.implementation, choice.reason, choice.launch)
+
+
 _OPS: dict[str, Callable[..., Explanation]] = {
+    **{(name if name.endswith("gated_delta_rule") else f"gdn.{name}"): _gdn for name in gdn.__all__},
     ssu_launch.OP: _selective_state_update,
     conv_launch.PREFILL: _convolution,
     f"{conv_launch.PREFILL}_split": _convolution,

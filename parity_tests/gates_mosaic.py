@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import json
 import math
+import operator
 import os
 import re
 import sys
@@ -137,6 +138,38 @@ def mamba_chunk_scan_combined(row: Mapping[str, Any]) -> tuple[Arrays, dict[str,
     }  # fmt: skip
 
 
+def ssd_stage(row: Mapping[str, Any]) -> tuple[Arrays, dict[str, Any]]:
+    """The same for one of the scan's stages, with every option that it has."""
+    T, H, G, P, N, L, N_seq = (row.get(key) for key in ("T", "H", "G", "P", "N", "L", "sequences"))
+    assert T and H and L
+    NC = -(-T // L) if N_seq is None else T // L + N_seq
+    x, group = ((1, T, H, P), row["dtype"]), ((1, T, G, N), row["dtype"])
+    chunked, states = ((1, H, NC, L), "float32"), ((1, NC, H, P, N), "float32")
+    heads = (H,), "float32"
+    operands = {
+        "ssd.chunk_cumsum": {"dt": ((1, T, H), row["dtype"]), "A": heads, "dt_bias": heads},
+        "ssd.chunk_state": {"x": x, "B": group, "dt": chunked, "dA_cumsum": chunked},
+        "ssd.state_passing": {
+            "states": states, "dA_cumsum": chunked, "initial_states": ((N_seq or 1, H, P, N), "float32"),
+        },
+        "ssd.bmm_chunk": {"C": group, "B": group},
+        "ssd.chunk_scan": {
+            "CB": ((1, NC, G, L, L), "float32"), "x": x, "dt": chunked, "dA_cumsum": chunked, "C": group,
+            "states": states, "D": heads, "z": x,
+        },
+    }  # fmt: skip
+    keywords: dict[str, Any] = {}
+    if row["op"] in ("ssd.chunk_cumsum", "ssd.bmm_chunk"):
+        keywords["chunk_size"] = L
+    if row["op"] == "ssd.chunk_cumsum":
+        keywords |= {"dt_softplus": True, "dt_limit": (0.001, 0.1)}
+    packed: Arrays = {} if N_seq is None else {"cu_seqlens": ((N_seq + 1,), "int32")}
+    return operands[row["op"]] | packed, keywords
+
+
+SSD_STAGES = ("ssd.chunk_cumsum", "ssd.chunk_state", "ssd.state_passing", "ssd.bmm_chunk", "ssd.chunk_scan")
+
+
 class Op(NamedTuple):
     call: Callable[[Mapping[str, Any]], tuple[Arrays, dict[str, Any]]]
     state: str
@@ -151,6 +184,7 @@ OPS = {
     "mamba_chunk_scan_combined": Op(
         mamba_chunk_scan_combined, "final_states_out", ("CHUNKS_PER_PIECE", "num_stages")
     ),
+    **{name: Op(ssd_stage, "", ()) for name in SSD_STAGES},
 }
 
 
@@ -221,9 +255,11 @@ def compile_row(compiler: Compiler, row: Mapping[str, Any]) -> dict[str, Any]:
     def call(**given):
         nonlocal launch
         launch = pallas_ssm.explain(function, **given, **keywords, implementation="mosaic_gpu").launch
-        return getattr(pallas_ssm, function)(**given, **keywords, implementation="mosaic_gpu")
+        return operator.attrgetter(function)(pallas_ssm)(**given, **keywords, implementation="mosaic_gpu")
 
     knobs = {name: row[name] for name in op.knobs if name in row}
+    if knobs and name == "mamba_chunk_scan_combined":
+        knobs = {"FUSED": True, "CHUNKS_PER_PIECE": 128, "num_stages": 4} | knobs
     pin = pallas_ssm.override(name, twin="pallas", **knobs) if knobs else contextlib.nullcontext()
     with pin:
         donated = op.state if op.state in arrays and row.get("donate", True) else None

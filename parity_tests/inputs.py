@@ -237,7 +237,7 @@ def _ssd_stage(case: Case, rng: np.random.Generator) -> tuple[tuple[np.ndarray, 
     """A stage's operands: those of the whole operator, brought to it by the definitions of the stages before."""
     (x, dt, A, B, C), given = _mamba_chunk_scan_combined(case, rng)
     packed = {name: given[name] for name in ("cu_seqlens",) if name in given}
-    H, G, P, N, L = (case.dims[key] for key in ("H", "G", "P", "N", "L"))
+    H, P, N, L = (case.dims[key] for key in ("H", "P", "N", "L"))
     if case.op == "ssd.chunk_cumsum":
         options = {name: given[name] for name in ("dt_bias", "dt_softplus", "dt_limit") if name in given}
         return (dt, A), {"chunk_size": L, **options, **packed}

@@ -10,6 +10,7 @@ shape and dtype), which TMA and wgmma see as the same bytes.
 
 import contextlib
 import functools
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -19,7 +20,12 @@ from jax._src import callback, state
 from jax._src.pallas.mosaic_gpu import core, primitives
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks, jaxpr_interpret, shared_memory
 from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call as interpreter
+from jax._src.state import primitives as state_primitives
 from jax.experimental.pallas import mosaic_gpu as plgpu
+
+# A warpgroup that waits on a barrier holds one of the CPU client's threads, of which there are as many as cores: with fewer
+# than warpgroups the others never run. Read when JAX's CPU backend starts.
+os.environ.setdefault("NPROC", "16")
 
 
 class RaceError(AssertionError):
@@ -31,12 +37,16 @@ def _add_product(*, token, mesh_location, thread, acc_key, acc_transforms, a, b_
     """acc += a @ b with a as a value: the interpreter's own, which reads all three from buffers, otherwise."""
     memory = gpu_callbacks._get_shared_memory()
     where = shared_memory.GPULoggingInfo(mesh_location, thread, source_info)
-    keys = [gpu_callbacks.HostAllocationKey.from_array(key) for key in (acc_key, b_key)]
+    keys = [shared_memory.HostAllocationKey.from_array(key) for key in (acc_key, b_key)]
     ranges = [
         memory.access(key, jax.tree.map(int, gpu_callbacks._remove_noop_transforms(transforms)))
         for key, transforms in zip(keys, (acc_transforms, b_transforms), strict=True)
     ]
-    acc, b = (memory.get_buffer_content(key, at, thread, logging_info=where)[0] for key, at in zip(keys, ranges, strict=True))
+    acc, b = (
+        memory.get_buffer_content(key, at, thread, logging_info=where)[0] for key, at in zip(keys, ranges, strict=True)
+    )
+    if acc is None or b is None:
+        raise IndexError("an operand of wgmma lies outside its buffer")
     product = np.matmul(np.asarray(a), b, dtype=acc.dtype)
     memory.store_buffer_content(keys[0], ranges[0], acc + product, thread, logging_info=where)
     return token
@@ -73,7 +83,7 @@ def _set_accumulator(*, token, mesh_location, thread, acc_key, value, source_inf
     """Like the interpreter's other accesses to accumulators, not one for the race detector: no other thread has it."""
     memory = gpu_callbacks._get_shared_memory()
     where = shared_memory.GPULoggingInfo(mesh_location, thread, source_info)
-    key = gpu_callbacks.HostAllocationKey.from_array(acc_key)
+    key = shared_memory.HostAllocationKey.from_array(acc_key)
     memory.store_buffer_content(key, memory.access(key, ()), np.array(value), thread, logging_info=where)
     return token
 
@@ -118,7 +128,7 @@ jaxpr_interpret.JaxprInterpreter._interpret_swap_p = _swap
 def _accumulators_as_buffers() -> Iterator[None]:
     """A store to an accumulator is traced as one to any buffer, which the interpreter knows."""
     store = primitives.wgmma_accumulator_store
-    primitives.wgmma_accumulator_store = lambda acc, value: state.primitives.ref_set(acc, (...,), value)
+    primitives.wgmma_accumulator_store = lambda acc, value: state_primitives.ref_set(acc, (...,), value)
     try:
         yield
     finally:

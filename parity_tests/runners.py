@@ -25,6 +25,9 @@ def prepare(interpret: bool | None = None) -> bool:
     if interpret:
         os.environ["TRITON_INTERPRET"] = "1"
         os.environ["JAX_PLATFORMS"] = "cpu"
+        # The warpgroups of an interpreted block wait for each other in threads of XLA's pool, of which there is one a core.
+        # Where a kernel has more warpgroups than the machine has cores, nobody may be left to end the waiting.
+        os.environ.setdefault("PJRT_NPROC", "16")
     else:
         os.environ.pop("TRITON_INTERPRET", None)
         # JAX would take three quarters of the GPU's memory, and torch needs its share.

@@ -161,6 +161,6 @@ def test_triton_runs_what_it_has_compiled_and_refuses_the_rest():
     convolve(4)
     with triton_ssm.forbid_compiles():
         convolve(4, rows=5)
-        with pytest.raises(LateCompileError, match="causal_conv1d_update_kernel: .*W is 2, was 4"):
+        with pytest.raises(LateCompileError, match=r"causal_conv1d_update_kernel: .*W is 2, was 4"):
             convolve(2)
     convolve(2)

@@ -24,6 +24,12 @@ CI = [case for op in (COMBINED, *SSD_STAGES) for case in select(op=op, tags=("ci
 pytestmark = pytest.mark.filterwarnings("ignore::ssm_configs.TableWarning")
 
 
+def forget() -> None:
+    """What was compiled with other constants."""
+    compiled: Any = _xla.combined
+    compiled.clear_cache()
+
+
 def check(case: Case, seed: int = 0, few: bool = False) -> None:
     """`few`: so few elements that one unlucky rounding is the whole relative error, not an average over many."""
     arguments, keywords = draw(case, seed)
@@ -71,9 +77,9 @@ def test_drawn_whole_operator(case: Case, seed: int, chunk: int, at_once: int):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_xla, "_CHUNK", chunk)
         patch.setattr(_xla_stages, "_MAX_CHUNKS", at_once)
-        _xla.combined.clear_cache()
+        forget()
         check(case, seed, few=True)
-    _xla.combined.clear_cache()
+    forget()
 
 
 @settings(max_examples=12, deadline=None)
@@ -95,7 +101,7 @@ def problem(lengths: tuple[int, ...] | None = (21, 0, 5, 33), tail: int = 3, L: 
     return arrays, {name: value for name, value in named.items() if name not in arrays}
 
 
-def call(arrays, others, **more):
+def call(arrays: dict[str, Any], others: dict[str, Any], **more: Any) -> Any:
     return pallas_ssm.mamba_chunk_scan_combined(**arrays, **others, **more, implementation="xla")
 
 
@@ -276,7 +282,7 @@ def test_blocks_of_chunks_do_not_show(lengths, monkeypatch):
     floats = {name: array for name, array in arrays.items() if name != "cu_seqlens"}
 
     def run():
-        _xla.combined.clear_cache()
+        forget()
         results = call(arrays, others)
         # Slots without a chunk have no meaning, and no gradient either.
         return results[:2], jax.grad(lambda floats: sum(a.sum() for a in call(arrays | floats, others)[:2]))(floats)
@@ -285,6 +291,6 @@ def test_blocks_of_chunks_do_not_show(lengths, monkeypatch):
     monkeypatch.setattr(_xla_stages, "_MAX_CHUNKS", 3)
     monkeypatch.setattr(_xla_stages, "_TOGETHER", 2)
     got = run()
-    _xla.combined.clear_cache()
+    forget()
     for one, other in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)

@@ -120,7 +120,7 @@ def test_every_option_is_checked(op, wrong, message):
 @pytest.mark.parametrize("op", OPS)
 def test_explain_tells_what_runs_and_why(op):
     given = arguments_of(op)
-    shapes = {
+    shapes: dict[str, Any] = {
         name: jax.ShapeDtypeStruct(value.shape, value.dtype) if isinstance(value, jax.Array) else value
         for name, value in given.items()
     }
@@ -153,22 +153,33 @@ def test_none_takes_xla_where_the_kernel_declines(op):
 
 def test_the_table_has_the_last_word_on_the_fused_path():
     given = arguments_of(COMBINED, "bfloat16", P=64, N=64)
-    with interpreted(), pallas_ssm.override(COMBINED, twin="pallas", FUSED=False):
-        explanation = pallas_ssm.explain(COMBINED, **given)
-        assert explanation.implementation == "xla" and "FUSED is False" in explanation.reason
-        assert "NVIDIA H200" in str(explanation) and "override" in str(explanation)
-        with pytest.raises(NotImplementedError, match="FUSED is False"):
-            call(COMBINED, given, implementation="mosaic_gpu")
+    with interpreted():
+        fused = pallas_ssm.explain(COMBINED, **given)
+        assert fused.launch.FUSED and "NVIDIA H200" in str(fused)
+        with pallas_ssm.override(COMBINED, twin="pallas", FUSED=False):
+            staged = pallas_ssm.explain(COMBINED, **given)
+            assert (staged.implementation, staged.launch.chunk_size) == ("mosaic_gpu", 64) and "override" in str(staged)
+            wanted = pallas_ssm.explain(COMBINED, **given, return_intermediate_states=True)
+            assert wanted.implementation == "xla" and "no intermediate states" in wanted.reason
+            with pytest.raises(NotImplementedError, match="no intermediate states"):
+                call(COMBINED, given, return_intermediate_states=True, implementation="mosaic_gpu")
+
+
+def test_the_stages_serve_what_the_fused_path_does_not():
+    """And what neither does tells why the fused one does not."""
+    with interpreted():
+        assert pallas_ssm.explain(COMBINED, **arguments_of(COMBINED, "bfloat16", P=64, N=192)).launch.chunk_size == 64
+        neither = pallas_ssm.explain(COMBINED, **arguments_of(COMBINED, "bfloat16", P=64, N=48))
+        assert neither.implementation == "xla" and "needs N in" in neither.reason
 
 
 def test_an_override_traces_anew(monkeypatch):
     given = arguments_of(COMBINED, "bfloat16", P=64, N=64)
     asked = []
-    plan = dispatch._plan_combined
 
     def seen(static: Any, device: Any, config: Any) -> Any:
         asked.append(config["FUSED"])
-        return plan(static, device, config | {"FUSED": False} if isinstance(config, dict) else _unfused(config))
+        raise dispatch.Unsupported("not now")
 
     monkeypatch.setattr(dispatch, "_plan_combined", seen)
     arrays = {name: value for name, value in given.items() if isinstance(value, jax.Array)}
@@ -181,10 +192,6 @@ def test_an_override_traces_anew(monkeypatch):
             function(arrays)
         function(arrays)
     assert asked == [True, False]
-
-
-def _unfused(config: Any) -> dict[str, Any]:
-    return {name: config[name] for name in ("CHUNKS_PER_PIECE", "num_stages")} | {"FUSED": False}
 
 
 def test_importing_it_imports_no_other_framework():

@@ -164,7 +164,8 @@ def test_forward_mode_and_second_derivatives():
     del floats["z"]
 
     def total(x: jax.Array) -> jax.Array:
-        y, final = pallas_ssm.mamba_chunk_scan_combined(**(floats | {"x": x}), **others, implementation="xla")
+        function: Any = pallas_ssm.mamba_chunk_scan_combined
+        y, final = function(**(floats | {"x": x}), **others, implementation="xla")
         return (y**2).sum() + (final**2).sum()
 
     x = jnp.asarray(floats["x"])

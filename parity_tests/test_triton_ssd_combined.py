@@ -3,8 +3,6 @@
 import itertools
 from typing import Any
 
-import ml_dtypes
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -24,25 +22,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::ssm_configs.TableWarning"),
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # NaN and overflow are meant
 ]
-
-
-@pytest.fixture(autouse=True)
-def bfloat16_products(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Triton 3.6's interpreter multiplies the bits of bfloat16 operands, not their values."""
-    from triton.runtime import interpreter
-
-    stock = interpreter.InterpreterBuilder.create_dot
-
-    def values(handle):
-        if handle.dtype.scalar.name != "bf16":
-            return handle
-        data = np.ascontiguousarray(handle.data).view(ml_dtypes.bfloat16).astype(np.float32)
-        return interpreter.TensorHandle(data, interpreter.tl.float32)
-
-    def create_dot(self, a, b, d, precision, imprecise):
-        return stock(self, values(a), values(b), d, precision, imprecise)
-
-    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", create_dot)
 
 
 @pytest.fixture(autouse=True)

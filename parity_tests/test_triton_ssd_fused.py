@@ -1,6 +1,11 @@
 """The fused path of triton_ssm's `mamba_chunk_scan_combined` against the float64 oracle, in the interpreter."""
 
+import ast
+import importlib
+import inspect
+import itertools
 import math
+import textwrap
 from typing import Any
 
 import ml_dtypes
@@ -8,33 +13,20 @@ import numpy as np
 import pytest
 import torch
 
+from ssm_configs import Device
 from ssm_configs.contracts import ssd as contract
+from ssm_configs.specs.mamba_chunk_scan_combined import heuristic
+from triton_ssm._plans import call_key
 from triton_ssm.ssd import _fused
 
 from .oracle import ssd as oracle
 from .runners import from_torch, to_torch
 
+MODULES = (
+    "_fused_dt_kernel", "_fused_state_kernel", "_fused_out_kernel", "_fused_gluon_state_kernel", "_fused_gluon_out_kernel",
+)  # fmt: skip
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 LENGTHS = (70, 0, 5, 64, 130, 1)
-
-
-@pytest.fixture(autouse=True)
-def _bfloat16_products(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Triton 3.6's interpreter multiplies the bits of bfloat16 operands, not their values."""
-    from triton.runtime import interpreter
-
-    stock = interpreter.InterpreterBuilder.create_dot
-
-    def values(handle):
-        if handle.dtype.scalar.name != "bf16":
-            return handle
-        data = handle.data.view(ml_dtypes.bfloat16).astype(np.float32)
-        return interpreter.TensorHandle(data, interpreter.tl.float32)
-
-    def create_dot(self, a, b, d, precision, imprecise):
-        return stock(self, values(a), values(b), d, precision, imprecise)
-
-    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", create_dot)
 
 
 def arguments(
@@ -70,39 +62,43 @@ def arguments(
 def run(
     given: dict[str, Any], *, chunk_size: int = 64, piece: int = 1, splits: int = 1, aligned: bool = False,
     intermediate: bool = False, pool: np.ndarray | None = None, slots: int = 0, dt_limit: tuple[float, float] = (0.0, math.inf),
+    device: str = "cpu", heads: int = 1,
 ) -> dict[str, np.ndarray]:  # fmt: skip
-    given = {name: to_torch(value, "cpu") for name, value in given.items()}
+    given = {name: to_torch(value, device) for name, value in given.items()}
     checked = {name: value for name, value in given.items() if value is not None}
     dims = contract.check_combined(
         {name: tuple(value.shape) for name, value in checked.items()},
         {name: str(value.dtype).removeprefix("torch.") for name, value in checked.items()},
         chunk_size=chunk_size, chunk_aligned=aligned,
     )  # fmt: skip
-    y = torch.full((dims.B, dims.T, dims.H, dims.P), math.nan, dtype=given["x"].dtype)
-    count = slots or dims.N_seq
-    final = torch.full((count, dims.H, dims.P, dims.N), math.nan)
+    # Poisoned, so that whatever is not written shows.
+    y = torch.full((dims.B, dims.T, dims.H, dims.P), math.nan, dtype=given["x"].dtype, device=device)
+    final = torch.full((slots or dims.N_seq, dims.H, dims.P, dims.N), math.nan, device=device)
     shape = (dims.B, dims.NC, dims.H, dims.P, dims.N)
-    ends = torch.full(shape, math.nan) if intermediate else None
-    config = {"CHUNKS_PER_PIECE": piece, "STATES_PER_PIECE": splits, "num_stages": 2}
-    assert _fused.unsupported(dims, "float32", 1, intermediate=intermediate) is None
+    ends = torch.full(shape, math.nan, device=device) if intermediate else None
+    config = {"CHUNKS_PER_PIECE": piece, "STATES_PER_PIECE": splits, "HEADS_PER_BLOCK": heads, "num_stages": 4}
+    assert _fused.unsupported(dims, "bfloat16", 1, intermediate=intermediate) is None
     names = ("x", "dt", "A", "B", "C")
     _fused.run(
-        "test", dims, config, *(given[name] for name in names), D=given["D"], z=given["z"], dt_bias=given["dt_bias"],
-        dt_softplus=True, dt_limit=dt_limit, initial_states=given["initial_states"], cu_seqlens=given["cu_seqlens"], y=y,
-        final=final, final_indices=to_torch(pool, "cpu"), intermediate=ends, chunk_aligned=aligned,
+        call_key(tuple(given.values())), dims, config, *(given[name] for name in names),
+        D=given["D"], z=given["z"], dt_bias=given["dt_bias"], dt_softplus=True, dt_limit=dt_limit,
+        initial_states=given["initial_states"], cu_seqlens=given["cu_seqlens"], y=y, final=final,
+        final_indices=to_torch(pool, device), intermediate=ends, chunk_aligned=aligned,
     )  # fmt: skip
     found = {"y": from_torch(y), "final": from_torch(final)}
     return found | {"intermediate": from_torch(ends)} if ends is not None else found
 
 
-def expected(given: dict[str, Any], *, chunk_size: int = 64, intermediate: bool = False, **options: Any):
+def expected(
+    given: dict[str, Any], *, chunk_size: int = 64, intermediate: bool = False, **options: Any
+) -> dict[str, np.ndarray]:
     names = ("x", "dt", "A", "B", "C")
     options = {name: value for name, value in given.items() if name not in names} | options
-    results = oracle.mamba_chunk_scan_combined(
+    results = oracle.mamba_chunk_scan_by_stages(
         *(given[name] for name in names), chunk_size=chunk_size, dt_softplus=True, return_intermediate_states=intermediate,
         **options,
     )  # fmt: skip
-    return dict(zip(("y", "final", "intermediate"), results, strict=False))
+    return {name: np.asarray(result) for name, result in zip(("y", "final", "intermediate"), results, strict=False)}
 
 
 def check(got: dict[str, np.ndarray], want: dict[str, np.ndarray], bound: float = 2e-5) -> None:
@@ -144,21 +140,27 @@ def test_options(D: int, plain: bool):
     check(run(given, dt_limit=limit), expected(given, dt_limit=limit))
 
 
+def to_aligned(given: dict[str, Any], chunk_size: int) -> dict[str, Any]:
+    """x, B and C with every sequence at a whole chunk, and NaN in the rows between."""
+    x, bounds = given["x"], given["cu_seqlens"]
+    T, packed = x.shape[1], bounds is not None
+    bounds = bounds if packed else [0, T]
+    rows = contract.chunks(T, chunk_size, len(bounds) - 1, packed) * chunk_size
+    moved = dict(given)
+    for name in ("x", "B", "C"):
+        moved[name] = np.full((x.shape[0], rows, *given[name].shape[2:]), np.nan, x.dtype)
+        for n, (begin, end) in enumerate(itertools.pairwise(bounds)):
+            first = (begin // chunk_size + n) * chunk_size
+            moved[name][:, first : first + end - begin] = given[name][:, begin:end]
+    return moved
+
+
 @pytest.mark.parametrize("chunk_size", [16, 64, 128])
 @pytest.mark.parametrize("packed", [False, True])
 def test_chunk_aligned(packed: bool, chunk_size: int):
     given = arguments(LENGTHS if packed else (100,), packed=packed, B=1 if packed else 2)
-    want = expected(given, chunk_size=chunk_size)
-    T = given["x"].shape[1]
-    bounds = given["cu_seqlens"] if packed else [0, T]
-    NC = contract.chunks(T, chunk_size, len(bounds) - 1, packed)
-    for name in ("x", "B", "C"):
-        rows = np.full((given[name].shape[0], NC * chunk_size, *given[name].shape[2:]), np.nan, given[name].dtype)
-        for n in range(len(bounds) - 1):
-            first = (bounds[n] // chunk_size + n) * chunk_size
-            rows[:, first : first + bounds[n + 1] - bounds[n]] = given[name][:, bounds[n] : bounds[n + 1]]
-        given[name] = rows
-    check(run(given, chunk_size=chunk_size, aligned=True), want)
+    got = run(to_aligned(given, chunk_size), chunk_size=chunk_size, aligned=True)
+    check(got, expected(given, chunk_size=chunk_size))
 
 
 @pytest.mark.parametrize("chunk_size", [64, 128, 256])
@@ -170,8 +172,14 @@ def test_intermediate_states_at_the_callers_chunks(chunk_size: int):
 
 def test_short_chunks_have_no_intermediate_states():
     dims = contract.Dims(1, 64, 2, 1, 16, 16, 32, 2, 1, False, 64)
-    assert "chunk_size=32" in str(_fused.unsupported(dims, "float32", 0, intermediate=True))
-    assert _fused.unsupported(dims, "float32", 0) is None
+    assert "chunk_size=32" in str(_fused.unsupported(dims, "bfloat16", 0, intermediate=True))
+    assert _fused.unsupported(dims, "bfloat16", 0) is None
+
+
+def test_what_does_not_fit_registers_is_left_to_the_stages():
+    dims = contract.Dims(1, 64, 2, 1, 64, 256, 64, 1, 1, False, 64)
+    assert "dstate=256" in str(_fused.unsupported(dims, "bfloat16", 0))
+    assert "float32" in str(_fused.unsupported(dims, "float32", 0))
 
 
 def test_a_pool_is_written_at_its_slots_alone():
@@ -205,7 +213,9 @@ def test_company_changes_no_bit():
     alone = run(given, piece=1, splits=1)
     other = arguments((64 * 10,), packed=True, H=1, seed=1)
     both = {
-        name: value if name in ("A", "D", "dt_bias") else np.concatenate([other[name], value], int(name != "initial_states"))
+        name: value
+        if name in ("A", "D", "dt_bias")
+        else np.concatenate([other[name], value], int(name != "initial_states"))
         for name, value in given.items()
         if name != "cu_seqlens"
     }
@@ -236,3 +246,36 @@ def test_views_of_one_projection():
         given[name] = held[..., first : first + width].view(given[name].shape)
         first += width
     check(run(given), want)
+
+
+def test_every_argument_a_kernel_takes_is_read():
+    for name in MODULES:
+        module = importlib.import_module(f"triton_ssm.ssd.{name}")
+        for kernel, function in inspect.getmembers(module, lambda member: hasattr(member, "fn")):
+            source = textwrap.dedent(inspect.getsource(function.fn))
+            (definition,) = (node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef))
+            nodes = [
+                node for node in ast.walk(definition) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)
+            ]
+            unread = {argument.arg for argument in definition.args.args} - {node.id for node in nodes}
+            assert not unread, f"{kernel} never reads {sorted(unread)}"
+
+
+def test_counts_key_no_compile():
+    """Every integer that changes from call to call is one that Triton is told not to look at."""
+    counts = {"n_tokens", "n_sequences", "n_final", "splits"}
+    for name in MODULES:
+        module = importlib.import_module(f"triton_ssm.ssd.{name}")
+        for kernel, function in inspect.getmembers(module, lambda member: hasattr(member, "params")):
+            for parameter in function.params if kernel.startswith("fused_") else ():
+                counted = parameter.name in counts or "_per_" in parameter.name
+                assert not counted or parameter.do_not_specialize, f"{kernel}: {parameter.name}"
+
+
+@pytest.mark.parametrize(
+    "nheads, tokens, heads, pieces", [(128, 8192, 1, 1), (80, 8192, 2, 3), (16, 8192, 2, 16), (128, 1024, 1, 1)]
+)
+def test_the_heuristic_is_what_was_measured(nheads: int, tokens: int, heads: int, pieces: int):
+    knobs = heuristic({"nheads": nheads}, "float16", Device("NVIDIA H200", (9, 0)), tokens)
+    assert knobs["HEADS_PER_BLOCK"] == heads
+    assert math.ceil(tokens / 64 / int(knobs["CHUNKS_PER_PIECE"])) == pieces

@@ -13,13 +13,14 @@ import torch
 import triton.language as tl
 
 import triton_ssm
-from ssm_configs import override
+from ssm_configs import Device, override
 from triton_ssm.ssd import (
     _bmm_chunk_kernel,
     _chunk_cumsum_kernel,
     _chunk_scan_kernel,
     _chunk_state_kernel,
     _chunks,
+    _plan,
     _state_passing_kernel,
 )
 
@@ -109,9 +110,9 @@ def test_one_kind_of_call_with_other_results_is_remembered_apart(launches):
     assert len({launch["key"] for launch in launches["chunk_scan"]}) == 1
 
 
-def test_a_chunk_is_not_longer_than_256_tokens_and_ends_where_the_callers_does(launches):
+def test_a_chunk_is_not_longer_than_128_tokens_and_ends_where_the_callers_does(launches):
     x, B = torch.zeros(1, 600, 1, 16), torch.zeros(1, 600, 1, 16)
-    for chunk_size, L in ((16, 16), (128, 128), (256, 256), (512, 256), (2048, 256)):
+    for chunk_size, L in ((16, 16), (128, 128), (256, 128), (2048, 128)):
         with override(OP, FUSED=False):
             triton_ssm.mamba_chunk_scan_combined(x, x[..., 0], -torch.ones(1), B, B, chunk_size=chunk_size)
         assert launches["chunk_scan"][-1]["L"] == L
@@ -123,7 +124,7 @@ def test_every_stage_goes_by_its_own_config_whenever_that_changes(launches):
     with override("ssd_chunk_scan", BLOCK_SIZE_N=16, num_stages=3), override("ssd_chunk_cumsum", num_warps=8):
         call()
     call()
-    assert [launch["STAGES"] for launch in launches["chunk_scan"]] == [2, 3, 2]
+    assert [launch["STAGES"] for launch in launches["chunk_scan"]] == [1, 3, 1]
     assert [launch["num_warps"] for launch in launches["chunk_cumsum"]] == [4, 8, 4]
     assert len({launch["key"] for launch in launches["chunk_scan"]}) == 1
 
@@ -135,13 +136,21 @@ def test_no_launch_has_more_than_one_grid_axis(launches):
     )
 
 
-def test_products_on_tensor_cores_are_in_the_inputs_dtype_and_as_precise_as_asked(launches):
-    x = torch.zeros(1, 20, 1, 16)
-    for precision in ("ieee", "tf32"):
+@pytest.mark.parametrize("device, ieee", [("NVIDIA H200", "tf32x3"), ("AMD Instinct MI300X", "ieee")])
+def test_products_are_as_precise_as_asked(launches, monkeypatch, device, ieee):
+    """Three products of tf32 where there are tensor cores for them, and one word for 16-bit operands whatever is asked."""
+    capability = (9, 0) if "NVIDIA" in device else None
+    monkeypatch.setattr(_plan, "tuning_device", lambda _: Device(device, capability))
+    for dtype, precision, expected in (
+        (torch.float32, "ieee", ieee), (torch.float32, "tf32", "tf32"),
+        (torch.bfloat16, "ieee", "ieee"), (torch.bfloat16, "tf32", "ieee"),
+    ):  # fmt: skip
+        # Another size for each device, so that no call is known from the other.
+        x = torch.zeros(1, len(device), 1, 16, dtype=dtype)
         with override(OP, FUSED=False):
             triton_ssm.mamba_chunk_scan_combined(x, x[..., 0], -torch.ones(1), x, x, chunk_size=16, precision=precision)
         for stage in ("chunk_state", "bmm_chunk", "chunk_scan"):
-            assert launches[stage][-1]["PRECISION"] == precision
+            assert launches[stage][-1]["PRECISION"] == expected
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,6 @@
 import itertools
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import pytest
 import torch
@@ -26,25 +25,6 @@ pytestmark = [
 STAGES = ("chunk_cumsum", "chunk_state", "state_passing", "bmm_chunk", "chunk_scan")
 # max |got - ref| / max |ref|: fp32 arithmetic, or an operand rounded to 8 or 11 bits.
 WORST = {"float32": 4e-6, "bfloat16": 1.2e-2, "float16": 2e-3}
-
-
-@pytest.fixture(autouse=True)
-def bfloat16_products(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Triton 3.6's interpreter multiplies the bits of bfloat16 operands, not their values."""
-    from triton.runtime import interpreter
-
-    stock = interpreter.InterpreterBuilder.create_dot
-
-    def values(handle):
-        if handle.dtype.scalar.name != "bf16":
-            return handle
-        data = np.ascontiguousarray(handle.data).view(ml_dtypes.bfloat16).astype(np.float32)
-        return interpreter.TensorHandle(data, interpreter.tl.float32)
-
-    def create_dot(self, a, b, d, precision, imprecise):
-        return stock(self, values(a), values(b), d, precision, imprecise)
-
-    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", create_dot)
 
 
 @pytest.fixture(autouse=True)
@@ -177,7 +157,7 @@ BLOCKS: dict[str, dict[str, Any]] = {
     "chunk_cumsum": {"BLOCK_SIZE_H": 2, "BLOCK_SIZE_T": 16, "num_warps": 1},
     "chunk_state": {"BLOCK_SIZE_M": 16, "BLOCK_SIZE_N": 16, "BLOCK_SIZE_K": 16, "num_warps": 1, "num_stages": 1},
     "state_passing": {"BLOCK_SIZE": 64, "num_warps": 1, "num_stages": 1},
-    "bmm_chunk": {"BLOCK_SIZE_M": 16, "BLOCK_SIZE_N": 32, "BLOCK_SIZE_K": 16, "num_warps": 1, "num_stages": 1},
+    "bmm_chunk": {"BLOCK_SIZE_M": 16, "BLOCK_SIZE_N": 32, "BLOCK_SIZE_K": 16, "num_warps": 1},
     "chunk_scan": {
         "BLOCK_SIZE_M": 16, "BLOCK_SIZE_N": 16, "BLOCK_SIZE_K": 32, "BLOCK_SIZE_DSTATE": 16, "num_warps": 1, "num_stages": 1,
     },

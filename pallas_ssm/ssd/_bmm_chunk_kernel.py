@@ -9,7 +9,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from ._call import Static
-from ._tiles import COLUMNS, ROWS, fetch, indices, locate, tile
+from ._tiles import ACC, COLUMNS, ROWS, fetch, indices, locate, tile
 
 
 def unsupported(static: Static, dtype: str) -> str | None:
@@ -50,7 +50,7 @@ def run(static: Static, C: jax.Array, B: jax.Array, cu_seqlens: jax.Array | None
                         plgpu.wgmma(accumulator, rows_s[1].at[k], columns_s[1].at[k].transpose((1, 0)))
                     return accumulator[...]
 
-                products = pl.run_scoped(product, plgpu.ACC((ROWS, ROWS), jnp.float32))
+                products = pl.run_scoped(product, ACC((ROWS, ROWS), jnp.float32))
                 real = (indices(0) + i * ROWS < where.length) & (indices(1) + j * ROWS < where.length)
                 plgpu.wait_smem_to_gmem(0)
                 out_s[...] = jnp.where(real, products, 0.0)

@@ -10,7 +10,22 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from .._numerics import exp, silu
 from ._call import Static
-from ._tiles import ACROSS, COLUMNS, DOWN, LAYOUT, ROWS, across, clear_rows, down, fetch, indices, load, locate, tile
+from ._tiles import (
+    ACC,
+    ACROSS,
+    COLUMNS,
+    DOWN,
+    LAYOUT,
+    ROWS,
+    across,
+    clear_rows,
+    down,
+    fetch,
+    indices,
+    load,
+    locate,
+    tile,
+)
 
 
 def unsupported(static: Static, dtype: str) -> str | None:
@@ -62,7 +77,7 @@ def run(
                     plgpu.wgmma(accumulator, C_s[1].at[k], S_s[1].at[k].transpose((1, 0)))
                 return accumulator[...]
 
-            y_rows = pl.run_scoped(carried, plgpu.ACC((ROWS, ROWS), jnp.float32)) * down(exp(a), ROWS)
+            y_rows = pl.run_scoped(carried, ACC((ROWS, ROWS), jnp.float32)) * down(exp(a), ROWS)
 
             def some(j: jax.Array, y_rows: jax.Array) -> jax.Array:
                 columns = pl.ds(j * ROWS, ROWS)
@@ -74,6 +89,8 @@ def run(
                 weight = weight * across(load(ref["dt"].at[b, h, slot, columns], layout=ACROSS), ROWS)
                 plgpu.barrier_wait(barriers.at[0])
                 scores = load(CB_s, layout=LAYOUT) * weight
+                # All threads have read it before the next copy into it.
+                plgpu.commit_smem()
                 real = (indices(0) + (i - j) * ROWS >= indices(1)) & (indices(1) + j * ROWS < where.length)
                 scores = jnp.where(real, scores, 0.0).astype(x.dtype)
                 plgpu.barrier_wait(barriers.at[1])
@@ -83,7 +100,7 @@ def run(
                     plgpu.wgmma(accumulator, scores, x_s[1].at[0])
                     return accumulator[...]
 
-                return y_rows + pl.run_scoped(product, plgpu.ACC((ROWS, ROWS), jnp.float32))
+                return y_rows + pl.run_scoped(product, ACC((ROWS, ROWS), jnp.float32))
 
             y_rows = lax.fori_loop(0, i + 1, some, y_rows)
             # The last tile of x is that of these tokens.
@@ -109,7 +126,8 @@ def run(
         out_type=jax.ShapeDtypeStruct(x.shape, x.dtype),
         scratch_types=[
             plgpu.SMEM((ROWS, ROWS), jnp.float32), tile(COLUMNS, x.dtype), tile(dims.N, x.dtype), tile(dims.N, x.dtype),
-            plgpu.SMEM((ROWS, ROWS), x.dtype), plgpu.Barrier(num_arrivals=pieces, num_barriers=2), plgpu.Barrier(num_barriers=3),
+            plgpu.SMEM((ROWS, ROWS), x.dtype),
+            plgpu.Barrier(num_arrivals=pieces, num_barriers=2), plgpu.Barrier(num_barriers=3),
         ],
         grid=(dims.B * dims.NC * dims.H * across_rows * parts,),
         grid_names=("block",),
@@ -119,7 +137,7 @@ def run(
 
 
 def _store(rows: Any, y: Any, first: jax.Array, count: jax.Array) -> None:
-    """The first `count` rows, for those after them belong to another sequence. TMA masks nothing: copies of 64, 32, 16, … rows."""
+    """The first `count` rows, for those after them belong to another sequence. TMA masks nothing: copies of 64, 32, … rows."""
 
     @pl.when(count == ROWS)
     def _():

@@ -1,4 +1,4 @@
-"""The Mosaic GPU kernel of `chunk_state`: a warpgroup sums up what 64 channels of a head leave of a chunk, 64 tokens at a time."""
+"""The Mosaic GPU kernel of `chunk_state`: a warpgroup sums up what 64 channels leave of a chunk, 64 tokens at a time."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from .._numerics import exp
 from ._call import Static
-from ._tiles import COLUMNS, DOWN, LAYOUT, ROWS, clear_rows, down, fetch, indices, load, locate, tile
+from ._tiles import ACC, COLUMNS, DOWN, LAYOUT, ROWS, clear_rows, down, fetch, indices, load, locate, tile
 
 
 def unsupported(static: Static, dtype: str) -> str | None:
@@ -54,7 +54,9 @@ def run(
                     a = load(dA_cumsum.at[b, h, slot, rows], layout=DOWN)
                     weight = exp(jnp.minimum(total - a, 0.0)) * load(dt.at[b, h, slot, rows], layout=DOWN)
                     plgpu.barrier_wait(x_there)
-                    scaled = (load(x_s[1].at[0], layout=LAYOUT).astype(jnp.float32) * down(weight, COLUMNS)).astype(x.dtype)
+                    scaled = (load(x_s[1].at[0], layout=LAYOUT).astype(jnp.float32) * down(weight, COLUMNS)).astype(
+                        x.dtype
+                    )
                     x_s[1].at[0][...] = jnp.where(indices(0) < here, scaled, jnp.zeros_like(scaled))
                     plgpu.barrier_wait(B_there)
                     clear_rows(B_s[1], here)
@@ -66,14 +68,19 @@ def run(
                 lax.fori_loop(0, lax.div(where.length + (ROWS - 1), jnp.int32(ROWS)), some, None)
                 return [accumulator[...] for accumulator in accumulators]
 
-            states = pl.run_scoped(sums, *[plgpu.ACC((ROWS, COLUMNS), jnp.float32)] * pieces)
+            states = pl.run_scoped(sums, *[ACC((ROWS, COLUMNS), jnp.float32)] * pieces)
             for k, state in enumerate(states):
                 out.at[b, slot, h, channels, pl.ds(k * COLUMNS, COLUMNS)][...] = state
 
     kernel = plgpu.kernel(
         body,
         out_type=jax.ShapeDtypeStruct((dims.B, dims.NC, dims.H, dims.P, dims.N), jnp.float32),
-        scratch_types=[tile(COLUMNS, x.dtype), tile(dims.N, x.dtype), plgpu.Barrier(), plgpu.Barrier(num_arrivals=pieces)],
+        scratch_types=[
+            tile(COLUMNS, x.dtype),
+            tile(dims.N, x.dtype),
+            plgpu.Barrier(),
+            plgpu.Barrier(num_arrivals=pieces),
+        ],
         grid=(dims.B * dims.NC * dims.H * parts,),
         grid_names=("block",),
         kernel_name="ssd_chunk_state",

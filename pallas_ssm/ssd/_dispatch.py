@@ -13,7 +13,7 @@ from .. import _arguments
 from .._device import Target, target
 from .._overrides import check_override
 from .._selective_state_update_launch import Unsupported, check_device
-from . import _call, _combined_call, _stages
+from . import _call, _combined_call, _fused, _staged, _stages
 from ._vjp import call
 
 Implementation = Literal["mosaic_gpu", "xla"]
@@ -49,7 +49,7 @@ class Prepared(NamedTuple):
         floats = {name: jnp.asarray(array) for name, array in self.arrays.items() if name != "cu_seqlens"}
         if isinstance(self.static, _call.Static):
             return floats, cu_seqlens
-        named = {name: floats.get(name) for name in _combined_call.Floats._fields}
+        named: dict[str, Any] = {name: floats.get(name) for name in _combined_call.Floats._fields}
         return _combined_call.Floats(**named), _combined_call.Integers(cu_seqlens)
 
 
@@ -173,13 +173,18 @@ def config_request(static: _combined_call.Static, device: Any) -> dict[str, Any]
 
 
 def _plan_combined(static: _combined_call.Static, device: Any, config: Mapping[str, Any]) -> Any:
+    """The fused path where the table has it, else the stages one after another."""
     if static.dtype == "float32":
         raise Unsupported(f"{COMBINED}: the mosaic_gpu kernels take 16-bit inputs, got float32")
     if not config["FUSED"]:
-        raise Unsupported(f"{COMBINED}: FUSED is False, and the stages one after another are XLA's")
-    from . import _fused
-
-    return _fused.plan(static, device, dict(config))
+        return _staged.plan(static)
+    try:
+        return _fused.plan(static, device, dict(config))
+    except Unsupported as fused:
+        try:
+            return _staged.plan(static)
+        except Unsupported:
+            raise fused from None
 
 
 def _check_arrays(arrays: Mapping[str, Any], required: Any, kinds: tuple[type, ...]) -> dict[str, Any]:

@@ -1,6 +1,6 @@
-"""The fused path of `mamba_chunk_scan_combined`: one Mosaic GPU kernel, and before it one more where sequences are cut into pieces.
+"""The fused path of `mamba_chunk_scan_combined`: one Mosaic GPU kernel, and one before it where sequences are in pieces.
 
-A piece's kernel starts from the state that the pieces before it leave, which the kernel before computes piece by piece, reading
+A piece is scanned from the state that the pieces before it leave, which the kernel before computes piece by piece, reading
 x, B and dt once more (`_fused_ends`). Without pieces there is only the one (`_fused_scan`).
 """
 
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from .._selective_state_update_launch import Unsupported
 from . import _fused_ends, _fused_scan
 from ._combined_call import Floats, Integers, Results, Static
-from ._fused_block import DT_BYTES, Shape
+from ._fused_block import DT_CHUNKS, DT_HEADS, Shape
 from ._fused_pieces import CHUNK, Cut, cut
 from ._tiles import COLUMNS
 
@@ -53,8 +53,8 @@ def plan(static: Static, device: Any, config: Mapping[str, Any]) -> Launch:
         raise refuse(f"takes 16-bit inputs, got {static.dtype}")
     if dims.N not in _WIDTHS:
         raise refuse(f"needs N in {_WIDTHS}, got {dims.N}")
-    if dims.P % 8:
-        raise refuse(f"needs P in multiples of 8, got {dims.P}")
+    if dims.P < COLUMNS or dims.P % 8:
+        raise refuse(f"needs P in multiples of 8 from {COLUMNS} on, got {dims.P}")
     if static.return_intermediate_states and dims.L < CHUNK:
         raise refuse(f"keeps states of chunks of {CHUNK} tokens and more, got chunk_size={dims.L}")
     if dims.B == 0 or dims.T == 0 or dims.N_seq == 0:
@@ -75,8 +75,8 @@ def run(static: Static, launch: Launch, floats: Floats, integers: Integers) -> R
     stages = _stages(static, launch.num_stages, launch.scores, gate=floats.z is not None)
     shape = Shape(static, launch.cut, stages, launch.scores)
     arrays = {name: array for name, array in floats._asdict().items() if array is not None}
-    # The state in whole tiles of channels, and dt in whole rows of 16 bytes: neither changes the usual shapes.
-    channels, heads = shape.parts * COLUMNS, DT_BYTES // floats.dt.dtype.itemsize
+    # The state in whole tiles of channels, and dt in rows of whole 16 bytes, as TMA wants them. Most shapes have both.
+    channels, heads = shape.parts * COLUMNS, 16 // floats.dt.dtype.itemsize
     arrays["dt"] = _pad(floats.dt, 2, -(-dims.H // heads) * heads)
     if floats.initial_states is not None:
         arrays["initial_states"] = _pad(floats.initial_states, 2, channels)
@@ -115,7 +115,7 @@ def _stages(static: Static, stages: int, scores: int, gate: bool) -> int:
     number of slots.
     """
     tile = CHUNK * COLUMNS * 2
-    fixed = 6 * tile + 2 * 4 * CHUNK * DT_BYTES  # M and y twice, and then some; dt
+    fixed = 4 * tile + 2 * DT_CHUNKS * CHUNK * DT_HEADS * 4  # M and y twice; dt
     each = (1 + gate + 2 * static.dims.N // COLUMNS) * tile + 4 * CHUNK * 4
     while stages > scores and (stages % scores or fixed + stages * each > _MAX_SHARED):
         stages -= 1

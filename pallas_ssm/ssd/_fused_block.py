@@ -1,7 +1,7 @@
 """What a thread block of the fused kernels works on, and the warpgroup that feeds the others.
 
-The feeding warpgroup brings tiles of 64 tokens by TMA, `stages` chunks ahead, and turns their dt into what the decay is made of:
-with d the step and a the sum of d·A·log2 e up to a token of the chunk (a_last: to its end),
+The feeding warpgroup brings tiles of 64 tokens by TMA, `stages` chunks ahead, and turns their dt into what the decay is made
+of: with d the step and a the sum of d·A·log2 e up to a token of the chunk (a_last: to its end),
 
     a[i]     b[j] = a[j] - log2 d[j]     exp2(a[i])     exp2(a_last - b[j])
 
@@ -23,10 +23,10 @@ from .._numerics import LOG2E, softplus
 from ._combined_call import Static
 from ._fused_pieces import CHUNK, Cut, Piece, locate
 from ._fused_tiles import rem, store_rows
-from ._tiles import ACROSS, COLUMNS, DOWN, ROWS, across, indices, load
+from ._tiles import ACROSS, COLUMNS, DOWN, LAYOUT, ROWS, across, indices, load
 
-# dt comes in rows of 16 bytes, the least that TMA takes, and this many chunks at a time.
-DT_BYTES, DT_CHUNKS = 16, 4
+# dt comes for so many heads (TMA takes no less than 16 bytes of a row) and chunks at a time.
+DT_HEADS, DT_CHUNKS = 8, 4
 # Rows of a chunk's `vectors`.
 A, B, GROWN, WEIGHT = range(4)
 
@@ -94,20 +94,23 @@ class Block:
         self.triangle = jnp.where(indices(0) >= indices(1), 1.0, 0.0)
         for group in range(2):
             pl.when(group * DT_CHUNKS < count)(lambda group=group: self.fetch_dt(jnp.int32(group)))
+        for c in range(shape.stages):
+            pl.when(c < count)(lambda c=c: self.fetch(jnp.int32(c)))
 
         def step(c: jax.Array, _: None) -> None:
             d = self.steps(c)
             da_s = refs.da_s.at[rem(c, 2)]
             da_s[...] = d * self.rate
-            pl.when(c >= shape.stages)(lambda: plgpu.barrier_wait(refs.empty.at[rem(c, shape.stages)]))
+            again = c >= shape.stages
+            pl.when(again)(lambda: plgpu.barrier_wait(refs.empty.at[rem(c, shape.stages)]))
             # One fence for all: what the warpgroup has written, what has been read where TMA will write, y.
             plgpu.commit_smem()
             if stores:
-                pl.when(c >= shape.stages)(lambda: self.store(c - shape.stages))
+                pl.when(again)(lambda: self.store(c - shape.stages))
+            pl.when(again)(lambda: self.fetch(c))
             group = lax.div(c, jnp.int32(DT_CHUNKS)) + 1
             more = (c > 0) & (rem(c, DT_CHUNKS) == 0) & (group * DT_CHUNKS < count)
             pl.when(more)(lambda: self.fetch_dt(group))
-            self.fetch(c)
             self.vectors(c, d, load(da_s, layout=ACROSS))
 
         lax.fori_loop(jnp.int32(0), count, step, None)
@@ -123,18 +126,18 @@ class Block:
             plgpu.wait_smem_to_gmem(0)
 
     def fetch_dt(self, group: jax.Array) -> None:
-        slot, heads = rem(group, 2), self.refs.dt_s.shape[-1]
+        refs, slot = self.refs, rem(group, 2)
         tokens = pl.ds(self.token(group * DT_CHUNKS), DT_CHUNKS * CHUNK)
-        columns = pl.ds(lax.div(self.h, jnp.int32(heads)) * heads, heads)
-        plgpu.copy_gmem_to_smem(self.refs.dt.at[self.piece.b, tokens, columns], self.refs.dt_s.at[slot], self.refs.dt_full.at[slot])
+        heads = pl.ds(lax.div(self.h, jnp.int32(DT_HEADS)) * DT_HEADS, DT_HEADS)
+        plgpu.copy_gmem_to_smem(refs.dt.at[self.piece.b, tokens, heads], refs.dt_s.at[slot], refs.dt_full.at[slot])
 
     def steps(self, c: jax.Array) -> jax.Array:
         """A chunk's steps, 0 where there is no token."""
         static, refs = self.static, self.refs
         slot, at = rem(lax.div(c, jnp.int32(DT_CHUNKS)), 2), rem(c, DT_CHUNKS)
         pl.when(at == 0)(lambda: plgpu.barrier_wait(refs.dt_full.at[slot]))
-        column = rem(self.h, refs.dt_s.shape[-1])
-        d = load(refs.dt_s.at[slot, pl.ds(at * CHUNK, CHUNK), column], layout=DOWN).astype(jnp.float32)
+        d = load(refs.dt_s.at[slot, pl.ds(at * CHUNK, CHUNK)], layout=LAYOUT).astype(jnp.float32)
+        d = jnp.sum(jnp.where(indices(1, DT_HEADS) == rem(self.h, DT_HEADS), d, 0.0), axis=1)
         if refs.dt_bias is not None:
             d = d + refs.dt_bias[self.h].astype(jnp.float32)
         if static.dt_softplus:
@@ -151,11 +154,11 @@ class Block:
         refs, piece, slot = self.refs, self.piece, rem(c, self.shape.stages)
         rows, full = pl.ds(piece.row + c * CHUNK, ROWS), refs.full.at[slot]
         plgpu.copy_gmem_to_smem(refs.x.at[piece.b, rows, self.h, self.channels], refs.x_s[0].at[slot], full)
-        for name in ("B", "C"):
-            tiles = getattr(refs, f"{name}_s", None)
-            for k in range(self.shape.widths if tiles is not None else 0):
-                source = getattr(refs, name).at[piece.b, rows, self.g, pl.ds(k * COLUMNS, COLUMNS)]
-                plgpu.copy_gmem_to_smem(source, tiles[0].at[slot, k], full)
+        operands = [(refs.B, refs.B_s)] + ([(refs.C, refs.C_s)] if hasattr(refs, "C_s") else [])
+        for source, tiles in operands:
+            for k in range(self.shape.widths):
+                columns = source.at[piece.b, rows, self.g, pl.ds(k * COLUMNS, COLUMNS)]
+                plgpu.copy_gmem_to_smem(columns, tiles[0].at[slot, k], full)
         if getattr(refs, "z_s", None) is not None:
             tokens = pl.ds(self.token(c), CHUNK)
             plgpu.copy_gmem_to_smem(refs.z.at[piece.b, tokens, self.h, self.channels], refs.z_s[0].at[slot], full)
@@ -180,7 +183,10 @@ class Block:
         # The buffer before this one may be written again when it has been read.
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         pl.when((c > 0) & (c + 1 < self.count))(lambda: plgpu.barrier_arrive(refs.y_free.at[rem(c + 1, 2)]))
-        whole = lambda: plgpu.copy_smem_to_gmem(refs.y_s[0].at[buffer], rows.at[pl.ds(first, ROWS)])
+
+        def whole() -> None:
+            plgpu.copy_smem_to_gmem(refs.y_s[0].at[buffer], rows.at[pl.ds(first, ROWS)])
+
         if not self.dims.packed:
             whole()
             return

@@ -1,8 +1,9 @@
 """How the fused path cuts sequences: into chunks of 64 tokens, and pieces of many chunks that run in parallel.
 
-A sequence's chunks and pieces begin at its own first token. Packed, sequence n's piece k has slot cu_seqlens[n] // tokens + n + k
-(`tokens`: of a piece), and so has what is past the last sequence, as one more sequence: enough slots whatever the lengths are,
-known without looking at them, and found by a binary search. A slot in which nothing stands does nothing.
+A sequence's chunks and pieces begin at its own first token. Packed, sequence n's piece k has slot
+cu_seqlens[n] // tokens + n + k (`tokens`: of a piece), and so has what is past the last sequence, as one more sequence: enough
+slots whatever the lengths are, known without looking at them, and found by a search. A slot in which nothing stands does
+nothing.
 """
 
 from dataclasses import dataclass
@@ -71,9 +72,7 @@ def locate(static: Static, cut: Cut, cu_seqlens: Any, b: jax.Array, slot: jax.Ar
     if not dims.packed:
         begin = slot * unit
         length = jnp.minimum(dims.T - begin, unit)
-        return Piece(
-            b, b, slot, begin, length, begin, slot == cut.slots - 1, b * cut.slots + slot, jnp.int32(0)
-        )
+        return Piece(b, b, slot, begin, length, begin, slot == cut.slots - 1, b * cut.slots + slot, jnp.int32(0))
 
     def bound(n: jax.Array) -> jax.Array:
         # Bounds are data: whatever they hold, no token outside [0, T) is touched.
@@ -82,11 +81,15 @@ def locate(static: Static, cut: Cut, cu_seqlens: Any, b: jax.Array, slot: jax.Ar
     def first_slot(n: jax.Array) -> jax.Array:
         return lax.div(bound(n), unit) + n
 
-    # The last sequence whose first slot is not past this one.
+    # The last sequence whose first slot is not past this one: three bits at a time, because a thread block begins by waiting
+    # for these loads, one after another in a binary search.
     n = jnp.int32(0)
-    for step in (1 << i for i in reversed(range(dims.N_seq.bit_length()))):
-        there = jnp.minimum(n + step, dims.N_seq)
-        n = jnp.where((n + step <= dims.N_seq) & (first_slot(there) <= slot), there, n)
+    for step in (8**i for i in reversed(range(-(-dims.N_seq.bit_length() // 3)))):
+        found = jnp.int32(0)
+        for there in (n + i * step for i in range(1, 8) if i * step <= dims.N_seq):
+            inside = (there <= dims.N_seq) & (first_slot(jnp.minimum(there, dims.N_seq)) <= slot)
+            found = found + inside.astype(jnp.int32)
+        n = n + found * step
     first = bound(n)
     end = jnp.where(n == dims.N_seq, dims.T, bound(jnp.minimum(n + 1, dims.N_seq)))
     k = slot - first_slot(n)

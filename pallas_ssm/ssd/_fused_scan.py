@@ -20,20 +20,21 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from .._numerics import silu
-from ._fused_block import DT_BYTES, DT_CHUNKS, GROWN, WEIGHT, A, B, Block, Shape
+from ._fused_block import DT_CHUNKS, DT_HEADS, GROWN, WEIGHT, A, B, Block, Shape
 from ._fused_pieces import CHUNK
 from ._fused_tiles import clear, operand, rem, tiles
-from ._tiles import ACROSS, COLUMNS, DOWN, LAYOUT, ROWS, across, down, indices, load
+from ._tiles import ACC, ACROSS, COLUMNS, DOWN, LAYOUT, ROWS, across, down, indices, load
 
 # Buffers for M and for y.
 _BUFFERS = 2
+# [64, 64] tiles of the state that are operands at a time: more do not fit in registers beside it.
+_PAIR = 2
 
 
 def run(shape: Shape, arrays: dict[str, jax.Array], outputs: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
     """`arrays`: of Floats and Integers, and `ends` and `totals` where a sequence may have several pieces."""
     dtype = jnp.dtype(shape.static.dtype)
     stages, widths = shape.stages, shape.widths
-    heads = DT_BYTES // arrays["dt"].dtype.itemsize
     scratch = {
         "x_s": tiles(stages, dtype=dtype),
         "B_s": tiles(stages, widths, dtype=dtype),
@@ -42,7 +43,7 @@ def run(shape: Shape, arrays: dict[str, jax.Array], outputs: dict[str, jax.Shape
         "v_s": plgpu.SMEM((stages, 4, CHUNK), jnp.float32),
         "m_s": operand(_BUFFERS, dtype=dtype),
         "y_s": tiles(_BUFFERS, dtype=dtype, linear=True),
-        "dt_s": plgpu.SMEM((2, DT_CHUNKS * CHUNK, heads), arrays["dt"].dtype),
+        "dt_s": plgpu.SMEM((2, DT_CHUNKS * CHUNK, DT_HEADS), arrays["dt"].dtype),
         "da_s": plgpu.SMEM((2, CHUNK), jnp.float32),
         "full": plgpu.Barrier(num_arrivals=2 + 2 * widths + ("z" in arrays), num_barriers=stages),
         "empty": plgpu.Barrier(num_arrivals=2, num_barriers=stages),
@@ -77,7 +78,7 @@ def run(shape: Shape, arrays: dict[str, jax.Array], outputs: dict[str, jax.Shape
 
 def registers(shape: Shape) -> tuple[int, int, int]:
     """Of a thread of each role. All warpgroups' together are no more than a block gets, or it would wait for them forever."""
-    return (240, 136, 128) if shape.scores == 1 else (200, 112, 88)
+    return (240, 136, 128) if shape.scores == 1 else (192, 112, 96)
 
 
 class _Scan(Block):
@@ -138,7 +139,7 @@ class _Scan(Block):
                 decay = jnp.exp2(across(a, ROWS) - down(b, COLUMNS))
                 return jnp.where(column >= row, CB[...] * decay + diagonal, 0.0)
 
-            M = pl.run_scoped(product, plgpu.ACC((ROWS, COLUMNS), jnp.float32))
+            M = pl.run_scoped(product, ACC((ROWS, COLUMNS), jnp.float32))
             pl.when(c >= _BUFFERS)(lambda: plgpu.barrier_wait(refs.free.at[buffer]))
             refs.m_s.at[buffer][...] = M.astype(refs.m_s.dtype)
             plgpu.commit_smem()
@@ -199,16 +200,26 @@ class _Scan(Block):
         # Ready: M is there, and so all that it was made of, and x and B are clear.
         plgpu.barrier_wait(refs.ready.at[buffer])
 
-        def products(y: Any, *ends: Any) -> tuple[jax.Array, ...]:
+        def inner() -> tuple[jax.Array, ...]:
             x = load(refs.x_s[1].at[slot].transpose((1, 0)), layout=LAYOUT)
-            grown = load(refs.v_s.at[slot, GROWN], layout=ACROSS)
-            weight = load(refs.v_s.at[slot, WEIGHT], layout=ACROSS)
+            return x, *(load(refs.v_s.at[slot, row], layout=ACROSS) for row in (GROWN, WEIGHT))
+
+        def products(y: Any, *ends: Any) -> tuple[jax.Array, ...]:
+            # On their way while S is multiplied, where there are registers for them beside it.
+            early = inner() if len(S) <= _PAIR else None
             decay = refs.v_s[slot, GROWN, CHUNK - 1]
-            operands = [s.astype(dtype) for s in S]
-            for s, end in zip(S, ends, strict=True):
-                end[...] = s * decay
-            for k, s in enumerate(operands):
-                plgpu.wgmma(y, s, refs.C_s[1].at[slot, k].transpose((1, 0)))
+            for k in range(0, len(S), _PAIR):
+                if k:
+                    plgpu.wgmma_wait(0)
+                operands = [s.astype(dtype) for s in S[k : k + _PAIR]]
+                for s, end in zip(S[k : k + _PAIR], ends[k : k + _PAIR], strict=True):
+                    end[...] = s * decay
+                for i, s in enumerate(operands):
+                    plgpu.wgmma(y, s, refs.C_s[1].at[slot, k + i].transpose((1, 0)))
+            if early is None:
+                plgpu.wgmma_wait(0)
+                early = inner()
+            x, grown, weight = early
             weighted = (x.astype(jnp.float32) * across(weight, ROWS)).astype(dtype)
             y[...] = plgpu.wgmma_accumulator_load(y) * across(grown, ROWS)
             plgpu.wgmma(y, x, refs.m_s.at[buffer])
@@ -217,7 +228,7 @@ class _Scan(Block):
             self.emit(c, plgpu.wgmma_accumulator_load(y, wait_n=len(ends)))
             return tuple(end[...] for end in ends)
 
-        tile = plgpu.ACC((ROWS, COLUMNS), jnp.float32)
+        tile = ACC((ROWS, COLUMNS), jnp.float32)
         S = pl.run_scoped(products, tile, *[tile] * shape.widths)
         plgpu.barrier_arrive(refs.empty.at[slot])
         if refs.intermediate is not None:

@@ -10,8 +10,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from ._tiles import COLUMNS, LAYOUT, ROWS, load
 
-_SWIZZLE = plgpu.SwizzleTransform(128)
-_TILED = (plgpu.TilingTransform((8, COLUMNS)), _SWIZZLE)
+_SWIZZLE = plgpu.SwizzleTransform(128)  # pyright: ignore[reportAbstractUsage]
+_TILED = (plgpu.TilingTransform((8, COLUMNS)), _SWIZZLE)  # pyright: ignore[reportAbstractUsage]
 
 
 def tiles(*shape: int, dtype: Any, linear: bool = False) -> Any:

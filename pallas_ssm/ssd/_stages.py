@@ -1,6 +1,7 @@
 """The Mosaic GPU kernels of the five stages: whether one takes a call, and running it."""
 
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -44,16 +45,13 @@ def plan(static: Static) -> Launch:
 
 def run(static: Static, floats: Arrays, cu_seqlens: jax.Array | None) -> Any:
     """What the public function returns; slots without a chunk hold whatever was there."""
-    get = floats.get
+    f: Any = SimpleNamespace(**dict.fromkeys(("dt_bias", "initial_states", "D", "z")) | floats)
     if static.op == "chunk_cumsum":
-        return _chunk_cumsum_kernel.run(static, floats["dt"], floats["A"], get("dt_bias"), cu_seqlens)
-    if static.op == "state_passing":
-        arrays = floats["states"], floats["dA_cumsum"], get("initial_states")
-        return _state_passing_kernel.run(static, *arrays, cu_seqlens)
-    if static.op == "bmm_chunk":
-        return _bmm_chunk_kernel.run(static, floats["C"], floats["B"], cu_seqlens)
+        return _chunk_cumsum_kernel.run(static, f.dt, f.A, f.dt_bias, cu_seqlens)
     if static.op == "chunk_state":
-        arrays = (floats[name] for name in ("x", "B", "dt", "dA_cumsum"))
-        return _chunk_state_kernel.run(static, *arrays, cu_seqlens)
-    arrays = (floats[name] for name in ("CB", "x", "dt", "dA_cumsum", "C", "states"))
-    return _chunk_scan_kernel.run(static, *arrays, get("D"), get("z"), cu_seqlens)
+        return _chunk_state_kernel.run(static, f.x, f.B, f.dt, f.dA_cumsum, cu_seqlens)
+    if static.op == "state_passing":
+        return _state_passing_kernel.run(static, f.states, f.dA_cumsum, f.initial_states, cu_seqlens)
+    if static.op == "bmm_chunk":
+        return _bmm_chunk_kernel.run(static, f.C, f.B, cu_seqlens)
+    return _chunk_scan_kernel.run(static, f.CB, f.x, f.dt, f.dA_cumsum, f.C, f.states, f.D, f.z, cu_seqlens)

@@ -23,10 +23,12 @@ def unsupported(static: Static) -> str | None:
 
 
 def run(
-    static: Static, states: jax.Array, dA_cumsum: jax.Array, initial_states: jax.Array | None, cu_seqlens: jax.Array | None
+    static: Static, states: jax.Array, dA_cumsum: jax.Array, initial_states: jax.Array | None, cu_seqlens: jax.Array | None,
+    final_dtype: Any = None,
 ) -> tuple[jax.Array, jax.Array]:  # fmt: skip
-    """(before, final)."""
+    """(before, final), both in `static.state_dtype` unless `final_dtype` is another."""
     dims, dtype = static.dims, jnp.dtype(static.state_dtype)
+    final_dtype = final_dtype or dtype
     B, NC, H, P, N = states.shape
     size = next(tile for tile in _TILES if P * N % tile == 0)
     tiles = P * N // size
@@ -54,13 +56,13 @@ def run(
             before[b, slot + c, h, some] = carry.astype(dtype)
             return carry * exp(dA_cumsum[b, h, slot + c, dims.L - 1]) + states[b, slot + c, h, some]
 
-        final[n, h, some] = lax.fori_loop(0, count, one, carry).astype(dtype)
+        final[n, h, some] = lax.fori_loop(0, count, one, carry).astype(final_dtype)
 
     kernel = plgpu.kernel(
         body,
         out_type=(
             jax.ShapeDtypeStruct((B, NC, H, P * N), dtype),
-            jax.ShapeDtypeStruct((dims.N_seq, H, P * N), dtype),
+            jax.ShapeDtypeStruct((dims.N_seq, H, P * N), final_dtype),
         ),
         grid=(tiles * H * dims.N_seq,),
         grid_names=("block",),

@@ -21,6 +21,9 @@ LAYOUT = plgpu.Layout.WGMMA
 DOWN, ACROSS = LAYOUT.reduce(1), LAYOUT.reduce(0)
 """A number for every row of a tile, and for every column."""
 
+# What wgmma adds to. Exported, though not by the letter that type checkers go by.
+ACC = plgpu.ACC  # pyright: ignore[reportPrivateImportUsage]
+
 # Conversions between layouts are wanted nowhere: an element is read by the thread that works on it.
 load = partial(plgpu.load, optimized=False)
 
@@ -31,10 +34,12 @@ def tile(columns: int, dtype: Any) -> Any:
     Mosaic GPU lets TMA write a tiled view only where it can prove that the first row is a multiple of 8, which the first token
     of a packed sequence is not. Rows of 128 swizzled bytes lie the same with the tiling and without.
     """
-    shape, swizzle = (columns // COLUMNS, ROWS, COLUMNS), plgpu.SwizzleTransform(128)
+    shape = columns // COLUMNS, ROWS, COLUMNS
+    swizzle = plgpu.SwizzleTransform(128)  # pyright: ignore[reportAbstractUsage]
+    tiling = plgpu.TilingTransform((8, COLUMNS))  # pyright: ignore[reportAbstractUsage]
     return plgpu.RefUnion(
         plgpu.SMEM(shape, jnp.dtype(dtype), transforms=(swizzle,)),
-        plgpu.SMEM(shape, jnp.dtype(dtype), transforms=(plgpu.TilingTransform((8, COLUMNS)), swizzle)),
+        plgpu.SMEM(shape, jnp.dtype(dtype), transforms=(tiling, swizzle)),
     )
 
 

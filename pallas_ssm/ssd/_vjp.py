@@ -7,7 +7,7 @@ import jax
 from jax.custom_batching import custom_vmap
 
 from .._selective_state_update_launch import Unsupported
-from . import _call, _combined_call, _stages
+from . import _call, _combined_call, _fused, _staged, _stages
 from . import _xla as xla
 
 Static = _call.Static | _combined_call.Static
@@ -27,8 +27,8 @@ def _by_xla(static: Static) -> Any:
 def _by_kernel(static: Static, launch: Any, floats: Any, integers: Any) -> Any:
     if isinstance(static, _call.Static):
         return _stages.run(static, floats, integers)
-    from . import _fused
-
+    if isinstance(launch, _staged.Launch):
+        return _staged.run(static, launch, floats, integers)
     return _fused.run(static, launch, floats, integers)
 
 

@@ -149,7 +149,7 @@ def pass_on(
     S = states.shape[0]
     # Split, not indexed: of that the backward pass makes one array, and not the sum of as many as there are chunks.
     left, decay = lax.split(states, [1] * S), lax.split(exp(total)[..., None, None], [1] * S)
-    fresh: list[Any] = [0.0] * S
+    fresh: Any = [0.0] * S
     if slots is not None and initial_states is not None:
         wanted = jnp.where(slots.first, slots.sequence, initial_states.shape[0] + jnp.arange(S, dtype=jnp.int32))
         fresh = lax.split(take(initial_states, wanted).astype(jnp.float32), [1] * S)

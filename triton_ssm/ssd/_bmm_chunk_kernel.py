@@ -1,6 +1,11 @@
 # pyright: basic, reportArgumentType=false, reportAssignmentType=false, reportGeneralTypeIssues=false
 # A jitted function is Triton's language in Python's syntax; the types are Triton's too.
-"""The kernel of `bmm_chunk`: BLOCK_SIZE_M by BLOCK_SIZE_N pairs of tokens of one chunk, BLOCK_SIZE_K of dstate a step."""
+"""The kernel of `bmm_chunk`: BLOCK_SIZE_M by BLOCK_SIZE_N pairs of tokens of one chunk, BLOCK_SIZE_K of dstate a step.
+
+The loop is not pipelined. In a pipelined one both operands lie in shared memory, so that Triton leaves a product under way
+into the next step; where the steps are few and their number is known, ptxas (12.8, sm_90) unrolls them and then drops
+the products: all of CB was zero with dstate 256 in four steps. A step of 128 has most models' whole dstate anyway.
+"""
 
 import triton
 import triton.language as tl
@@ -15,7 +20,7 @@ def bmm_chunk_kernel(
     n_tokens, n_chunks, n_sequences, C_batch_stride, B_batch_stride, C_stride, B_stride,
     G: tl.constexpr, N: tl.constexpr, L: tl.constexpr, CAUSAL: tl.constexpr,
     ALIGNED: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_SIZE_M: tl.constexpr, BLOCK_SIZE_N: tl.constexpr, BLOCK_SIZE_K: tl.constexpr, STAGES: tl.constexpr,
+    BLOCK_SIZE_M: tl.constexpr, BLOCK_SIZE_N: tl.constexpr, BLOCK_SIZE_K: tl.constexpr,
 ):  # fmt: skip
     """CAUSAL: tiles in which every token of B comes after every one of C are left unwritten."""
     BLOCKS_M: tl.constexpr = L // BLOCK_SIZE_M
@@ -37,7 +42,7 @@ def bmm_chunk_kernel(
     B_ptr += b * B_batch_stride + row * B_stride + g * N
 
     products = tl.zeros((BLOCK_SIZE_M, BLOCK_SIZE_N), tl.float32)
-    for k0 in tl.range(0, N, BLOCK_SIZE_K, num_stages=STAGES):
+    for k0 in tl.range(0, N, BLOCK_SIZE_K, num_stages=1):
         k = k0 + tl.arange(0, BLOCK_SIZE_K)
         C = tl.load(
             C_ptr + i[:, None] * C_stride + k[None, :], mask=(i < length)[:, None] & (k < N)[None, :], other=0.0

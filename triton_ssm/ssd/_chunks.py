@@ -59,5 +59,5 @@ def chunk_in_slot(
         row = begin
         if ALIGNED > 0:
             row = ALIGNED * (first // ALIGNED + n) + c * L
-    length = tl.maximum(tl.minimum(end - begin, L), 0)
+    length = tl.maximum(tl.minimum(end - begin, L), 0).to(tl.int32)
     return b, begin, row, length, padding

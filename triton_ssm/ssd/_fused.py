@@ -9,12 +9,15 @@ A sequence's last piece needs no 2., and where every sequence is one piece 2. an
 is this path's own: the caller's chunk_size says where intermediate states are wanted and how chunk-aligned inputs lie.
 
 Rounding points: steps, decays and the carried state are fp32. Rounded to the inputs' dtype, as operands of tensor cores: the
-masked C·B^T·decay·dt (with D on its diagonal, if D is [H]), the state before a chunk for C·S, and x·dt·decay for the chunk's
-state. y is rounded once, at the end.
+masked C·B^T·decay·dt, the state before a chunk for C·S, and x·dt·decay for the chunk's state. D·x and the gate are fp32; y is
+rounded once, at the end.
+
+No decay is clamped: a - b of `_fused_dt_kernel` carries log2(dt), and A is negative.
 """
 
 import math
 from collections.abc import Hashable, Mapping
+from typing import Any
 
 import torch
 
@@ -28,9 +31,10 @@ from ._fused_dt_kernel import fused_dt_kernel
 from ._fused_out_kernel import fused_out_kernel
 from ._fused_pieces import CHUNK as _CHUNK
 from ._fused_state_kernel import fused_scan_kernel, fused_state_kernel
+from ._plan import Plan
 
 CHUNK: int = _CHUNK.value
-_MAX_DSTATE = 256
+_MAX_DSTATE = 128
 # The output kernel itself strings up to so many states together; the sum is the same either way.
 _PIECES_WITHOUT_SCAN = 8
 _SCAN_BLOCK = 1024
@@ -43,7 +47,9 @@ _OUT = Launcher(fused_out_kernel)
 
 def unsupported(dims: Dims, dtype_name: str, D_rank: int, *, intermediate: bool = False) -> str | None:
     """Why this path cannot serve a call, or None. `intermediate`: states after the caller's chunks are asked for."""
-    del dtype_name, D_rank
+    del D_rank  # [H] and [H,P] alike
+    if dtype_name == "float32":
+        return "the state as an operand and as a sum stays in registers, which fp32 operands fill; got dtype=float32"
     if dims.N > _MAX_DSTATE:
         return f"the state of a head stays in registers, for dstate <= {_MAX_DSTATE}; got dstate={dims.N}"
     if intermediate and dims.L < CHUNK:
@@ -76,6 +82,7 @@ def run(
     precision: str = "ieee",
 ) -> None:
     """Writes y and, unless None, `final` and `intermediate`. `key` tells apart whatever a compile may depend on."""
+    products = key.products(precision) if isinstance(key, Plan) else precision
     H, G, P, N, n_tokens, n_sequences = dims.H, dims.G, dims.P, dims.N, dims.T, dims.N_seq
     aligned = dims.L if chunk_aligned else 0
     chunks_per_piece = int(config["CHUNKS_PER_PIECE"])
@@ -91,8 +98,9 @@ def run(
     hopper = _fused_gluon.serves(dims, x.dtype, x.device) and y.data_ptr() % 16 == 0
     dt = _with_merged_rows(dt, False)
     x, B, C, z = (_with_merged_rows(tensor, hopper) for tensor in (x, B, C, z))
-    A, D, dt_bias, initial_states, cu_seqlens, final_indices = map(
-        _arguments.dense, (A, D, dt_bias, initial_states, cu_seqlens, final_indices)
+    A = A.contiguous()
+    D, dt_bias, initial_states, cu_seqlens, final_indices = map(
+        _arguments.dense, (D, dt_bias, initial_states, cu_seqlens, final_indices)
     )
     fp32 = {"dtype": torch.float32, "device": x.device}
     ab = torch.empty(chunk_slots * H, 2 * CHUNK, **fp32)
@@ -112,7 +120,6 @@ def run(
 
     block_p = max(16, min(64, 1 << (P - 1).bit_length()))
     block_n = max(16, 1 << (N - 1).bit_length())
-    num_warps = 8 if block_n > 128 else 4
     blocks = H * -(-P // block_p)
     strides = {"x": _row_stride(x), "B": _row_stride(B), "C": _row_stride(C), "z": _row_stride(z)}
     if states is not None:
@@ -126,7 +133,7 @@ def run(
             _STATE(
                 key, (state_slots * blocks, 1, 1),
                 (x, B, ab, states, totals, cu_seqlens, *integers, strides["x"], strides["B"]),
-                (H, G, P, N, aligned, precision, block_p, block_n, 3), num_warps,
+                (H, G, P, N, aligned, products, block_p, block_n, 3), 4,
             )  # fmt: skip
         if scanned:
             _SCAN(
@@ -146,17 +153,17 @@ def run(
     scanned = scanned and states is not None
     if n_tokens and hopper:
         _fused_gluon.launch_out(
-            key, dims, int(config["num_stages"]), piece_slots, x=x, B=B, C=C, ab=ab, D=D, z=z, y=y, strides=strides,
-            initial_states=initial_states, states=states, totals=totals, final=final, final_indices=final_indices,
-            export=intermediate, cu_seqlens=cu_seqlens, integers=integers, aligned=aligned, scanned=scanned,
-            export_size=export_size,
+            key, dims, int(config["HEADS_PER_BLOCK"]), int(config["num_stages"]), piece_slots, x=x, B=B, C=C, ab=ab, D=D,
+            z=z, y=y, strides=strides, initial_states=initial_states, states=states, totals=totals, final=final,
+            final_indices=final_indices, export=intermediate, cu_seqlens=cu_seqlens, integers=integers, aligned=aligned,
+            scanned=scanned, export_size=export_size,
         )  # fmt: skip
         return
     _OUT(
         key, (piece_slots * blocks, 1, 1),
         (x, B, C, ab, D, z, y, initial_states, states, totals, final, final_indices, intermediate, cu_seqlens, *integers,
          *strides.values()),
-        (H, G, P, N, D is not None and D.dim() == 2, aligned, scanned, export_size, precision, block_p, block_n, 2), num_warps,
+        (H, G, P, N, D is not None and D.dim() == 2, aligned, scanned, export_size, products, block_p, block_n, 2), 4,
     )  # fmt: skip
 
 
@@ -169,7 +176,7 @@ def _slots(dims: Dims, size: int) -> tuple[int, int]:
     return per_row, dims.B * per_row
 
 
-def _with_merged_rows(tensor: torch.Tensor | None, hopper: bool) -> torch.Tensor | None:
+def _with_merged_rows(tensor: Any, hopper: bool) -> Any:
     """`tensor` [B,T,…], or a copy of it where its batch rows do not follow one another or a token is not dense.
 
     `hopper`: or where TMA, which wants multiples of 16 bytes, cannot read it.

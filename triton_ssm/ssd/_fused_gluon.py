@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Hashable
+from typing import Any
 
 import torch
 import triton.knobs
@@ -34,20 +35,26 @@ def _is_hopper(index: int | None) -> bool:
 
 
 @functools.cache
-def _layout(width: int, dtype: torch.dtype) -> gl.NVMMASharedLayout:
+def _layout(width: int, dtype: torch.dtype) -> Any:
     return gl.NVMMASharedLayout.get_default_for([_CHUNK, width], _TYPES[dtype])
 
 
 _ROW_LAYOUT = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2)
 
 
-def heads_per_block(dims: Dims) -> int:
-    return 2 if dims.H // dims.G % 2 == 0 else 1
-
-
 def tiles(tensor: torch.Tensor, rows: int, row_stride: int, width: int, tile: int) -> TensorDescriptor:
     """64-token tiles, `tile` columns wide, of a tensor of `rows` tokens of `width` columns."""
     return TensorDescriptor(tensor, [rows, width], [row_stride, 1], [_CHUNK, tile], _layout(tile, tensor.dtype))
+
+
+def _shared_heads(dims: Dims, heads: int) -> int:
+    """`heads`, if the heads of a group come in such packs."""
+    return heads if dims.H // dims.G % heads == 0 else 1
+
+
+def _stage(heads: int, columns: int) -> int:
+    """Bytes of a chunk in shared memory: 16-bit columns of x, B and C, and four rows of decays and weights for each head."""
+    return columns * _CHUNK * 2 + heads * 4 * _CHUNK * 4
 
 
 def row_tiles(ab: torch.Tensor, heads: int) -> TensorDescriptor:
@@ -60,9 +67,8 @@ def launch_states(
     integers: tuple[int, ...], aligned: int,
 ) -> None:  # fmt: skip
     H, G, P, N = dims.H, dims.G, dims.P, dims.N
-    heads, rows = heads_per_block(dims), dims.B * dims.rows
-    stage = (heads * P + N) * _CHUNK * 2 + heads * 2 * _CHUNK * 4
-    stages = min(6, (_SHARED_LIMIT - 1024) // stage)
+    heads, rows = _shared_heads(dims, 2), dims.B * dims.rows
+    stages = min(6, (_SHARED_LIMIT - 2048) // _stage(heads, heads * P + N))
     _STATE(
         key, (state_slots * (H // heads), 1, 1),
         (states, totals, row_tiles(ab, heads), tiles(x, rows, strides["x"], H * P, P), tiles(B, rows, strides["B"], G * N, N),
@@ -72,15 +78,16 @@ def launch_states(
 
 
 def launch_out(
-    key: Hashable, dims: Dims, stages: int, piece_slots: int, *, x, B, C, ab, D, z, y, strides: dict[str, int], initial_states,
-    states, totals, final, final_indices, export, cu_seqlens, integers: tuple[int, ...], aligned: int, scanned: bool,
-    export_size: int,
+    key: Hashable, dims: Dims, heads: int, stages: int, piece_slots: int, *, x, B, C, ab, D, z, y, strides: dict[str, int],
+    initial_states, states, totals, final, final_indices, export, cu_seqlens, integers: tuple[int, ...],
+    aligned: int, scanned: bool, export_size: int,
 ) -> None:  # fmt: skip
     H, G, P, N = dims.H, dims.G, dims.P, dims.N
-    heads = heads_per_block(dims)
+    heads = _shared_heads(dims, heads)
     tokens, rows = dims.B * dims.T, dims.B * dims.rows
-    stage = (heads * P + 2 * N) * _CHUNK * 2 + heads * 2 * _CHUNK * 4
-    stages = min(stages, (_SHARED_LIMIT - 1024 - heads * _CHUNK * (_CHUNK + P) * 2) // stage)
+    stages = min(
+        stages, (_SHARED_LIMIT - 2048 - heads * _CHUNK * (2 * _CHUNK + P) * 2) // _stage(heads, heads * P + 2 * N)
+    )
     descriptors = (
         row_tiles(ab, heads),
         tiles(x, rows, strides["x"], H * P, P),

@@ -1,4 +1,5 @@
-# pyright: basic, reportArgumentType=false, reportAssignmentType=false, reportGeneralTypeIssues=false
+# pyright: basic, reportArgumentType=false, reportAssignmentType=false, reportGeneralTypeIssues=false, reportCallIssue=false
+# pyright: reportOperatorIssue=false, reportAttributeAccessIssue=false
 # A jitted function is Gluon's language in Python's syntax; the types are Gluon's too.
 """`fused_out_kernel` for Hopper, in Gluon: y and the states of one piece of HEADS neighbouring heads of a group.
 
@@ -26,16 +27,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from ._fused_gluon_pieces import CHUNK, bound, sequence_of_slot
+from ._fused_gluon_pieces import CHUNK, bound, row_of, sequence_of_slot
 
 _LOG2E = gl.constexpr(1.4426950408889634)
 _SCORES = gl.constexpr(2)
-
-
-@gluon.jit
-def _decays(abs_, stage, HEADS: gl.constexpr):
-    """a and b of all heads in a ring's stage, as one row."""
-    return abs_.index(stage)._reinterpret(gl.float32, [HEADS * 2 * CHUNK], gl.SwizzledSharedLayout(1, 1, 1, [0]))
 
 
 @gluon.jit
@@ -58,13 +53,53 @@ def _load(
 
 
 @gluon.jit
+def _weigh(
+    abs_, ws, full, weighed, chunks, HEADS: gl.constexpr, STAGES: gl.constexpr
+):  # fmt: skip
+    """2^a and 2^(a[last] - b) once for all threads of a head's warpgroup, each of which would have to compute 32 of them."""
+    layout: gl.constexpr = gl.BlockedLayout([2], [32], [1], [0])
+    for c in range(chunks):
+        stage = c % STAGES
+        mbarrier.wait(full.index(stage), c // STAGES & 1)
+        ab = row_of(abs_, stage, HEADS)
+        w = row_of(ws, stage, HEADS)
+        for i in gl.static_range(HEADS):
+            a = ab.slice(i * 2 * CHUNK, CHUNK).load(layout)
+            total = gl.sum(ab.slice(i * 2 * CHUNK + CHUNK - 1, 1).load(layout), axis=0)
+            b = ab.slice((i * 2 + 1) * CHUNK, CHUNK).load(layout)
+            w.slice(i * 2 * CHUNK, CHUNK).store(gl.exp2(a))
+            w.slice((i * 2 + 1) * CHUNK, CHUNK).store(gl.exp2(total - b))
+        gl.thread_barrier()
+        mbarrier.arrive(weighed.index(stage))
+
+
+@gluon.jit
+def _masked(value, mask, dtype: gl.constexpr):
+    """`value` rounded to `dtype`, and zero where the bits of `mask` are: one instruction for two elements.
+
+    It is a select. A product with 0 would make a NaN of the infinite decay to an earlier token.
+    """
+    if dtype == gl.bfloat16:
+        rounded = gl.inline_asm_elementwise(
+            "cvt.rn.bf16x2.f32 $0, $2, $1; and.b32 $0, $0, $3;", "=&r,r,r,r", [value, mask], dtype=gl.bfloat16,
+            is_pure=True, pack=2,
+        )  # fmt: skip
+    else:
+        rounded = gl.inline_asm_elementwise(
+            "cvt.rn.f16x2.f32 $0, $2, $1; and.b32 $0, $0, $3;", "=&r,r,r,r", [value, mask], dtype=gl.float16,
+            is_pure=True, pack=2,
+        )  # fmt: skip
+    return rounded
+
+
+@gluon.jit
 def _score(
-    Bs, Cs, abs_, ms, full, empty, scored, taken, D_ptr, chunks, h0,
-    D_PER_HEADDIM: gl.constexpr, HEADS: gl.constexpr, STAGES: gl.constexpr,
+    Bs, Cs, abs_, ms, full, scored, taken, chunks, HEADS: gl.constexpr, STAGES: gl.constexpr
 ):  # fmt: skip
     mY: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, CHUNK, 16])
     rows = gl.arange(0, CHUNK, layout=gl.SliceLayout(1, mY))[:, None]
     columns = gl.arange(0, CHUNK, layout=gl.SliceLayout(0, mY))[None, :]
+    causal = gl.where(rows <= columns, -1, 0).to(gl.int16)
     nothing = gl.zeros((CHUNK, CHUNK), gl.float32, mY)
     for c in range(chunks):
         stage = c % STAGES
@@ -73,21 +108,16 @@ def _score(
         CBt = warpgroup_mma(Bs.index(stage), Cs.index(stage).permute((1, 0)), nothing, use_acc=False, is_async=True)
         CBt = warpgroup_mma_wait(0, deps=[CBt])
         mbarrier.wait(taken.index(slot), (c // _SCORES & 1) ^ 1)
-        ab = _decays(abs_, stage, HEADS)
+        ab = row_of(abs_, stage, HEADS)
         for i in gl.static_range(HEADS):
             a = ab.slice(i * 2 * CHUNK, CHUNK).load(gl.SliceLayout(0, mY))
             b = ab.slice((i * 2 + 1) * CHUNK, CHUNK).load(gl.SliceLayout(1, mY))
             Mt = CBt * gl.exp2(a[None, :] - b[:, None])
-            if D_ptr is not None:
-                if not D_PER_HEADDIM:
-                    Mt = gl.where(rows == columns, Mt + gl.load(D_ptr + h0 + i).to(gl.float32), Mt)
-            # A select: the decay to an earlier token may be infinite, and past the chunk's end anything stands.
-            Mt = gl.where(rows <= columns, Mt, 0.0)
-            ms.index(slot * HEADS + i).store(Mt.to(ms.dtype))
+            ms.index(slot * HEADS + i).store(_masked(Mt, causal, ms.dtype))
         fence_async_shared()
         gl.thread_barrier()
+        # The scan waits for this before it gives the stage back, so that nobody needs to hear that it was read here.
         mbarrier.arrive(scored.index(slot))
-        mbarrier.arrive(empty.index(stage))
 
 
 @gluon.jit
@@ -102,14 +132,31 @@ def _clear_rows(tile, live, WIDTH: gl.constexpr):
 
 
 @gluon.jit
+def _elements(P: gl.constexpr, N: gl.constexpr, layout: gl.constexpr):
+    """Where a state's elements stand, worked out anew at every use: addresses kept for the end would crowd the loop."""
+    p = gl.inline_asm_elementwise(
+        "mov.b32 $0, $1;",
+        "=r,r",
+        [gl.arange(0, P, layout=gl.SliceLayout(1, layout))],
+        dtype=gl.int32,
+        is_pure=False,
+        pack=1,
+    )
+    return p[:, None] * N + gl.arange(0, N, layout=gl.SliceLayout(0, layout))[None, :]
+
+
+@gluon.jit
 def _scan(
-    y_desc, z_desc, xs, Bs, Cs, abs_, ms, ys, full, empty, scored, taken, z_bars, D_ptr, y_ptr, initial_ptr, states_ptr,
-    totals_ptr, final_ptr, export_ptr, token, left, chunks, h0, writes_final, pieces, done, length,
+    y_desc, z_desc, xs, Bs, Cs, ws, ms, ys, full, empty, weighed, scored, taken, z_bars, D_ptr, y_ptr, initial_ptr, states_ptr,
+    totals_ptr, final_ptr, export_ptr, token, left, chunks, h0, target, final_stride, pieces, done, length,
     H: gl.constexpr, P: gl.constexpr, N: gl.constexpr, D_PER_HEADDIM: gl.constexpr, SCANNED: gl.constexpr,
     EXPORT: gl.constexpr, HEADS: gl.constexpr, STAGES: gl.constexpr, i: gl.constexpr,
 ):  # fmt: skip
-    """The warpgroup of head h0 + i. Pointers are this piece's or this sequence's; `left`: tokens of the sequence from `token` on,
-    `done`: before it; `pieces`: states before this piece."""
+    """The warpgroup of head h0 + i.
+
+    Pointers to initial, pieces' and exported states are the sequence's. `done` of its `length` tokens stand before `token`, the
+    piece's first one, `left` from there on; `pieces`: states before it. `target`: the final state's slot, negative: none.
+    """
     mY: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, CHUNK, 16])
     mS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 16])
     aY: gl.constexpr = gl.DotOperandLayout(0, mY, 2)
@@ -117,23 +164,22 @@ def _scan(
     dtype: gl.constexpr = xs.dtype
     h = h0 + i
     y_tile = ys.index(i)
-    element = (
-        gl.arange(0, P, layout=gl.SliceLayout(1, mS))[:, None] * N
-        + gl.arange(0, N, layout=gl.SliceLayout(0, mS))[None, :]
-    )
     head = h.to(gl.int64) * (P * N)
     state = gl.zeros((P, N), gl.float32, mS)
     if initial_ptr is not None:
         if not SCANNED or pieces == 0:
-            state = gl.load(initial_ptr + head + element).to(gl.float32)
+            state = gl.load(initial_ptr + head + _elements(P, N, mS)).to(gl.float32)
     if SCANNED:
         if pieces > 0:
-            state = gl.load(states_ptr + (head + (pieces - 1).to(gl.int64) * (H * P * N)) + element)
+            state = gl.load(states_ptr + (head + (pieces - 1).to(gl.int64) * (H * P * N)) + _elements(P, N, mS))
     elif states_ptr is not None:
         for q in range(pieces):
-            own = gl.load(states_ptr + (head + q.to(gl.int64) * (H * P * N)) + element)
+            own = gl.load(states_ptr + (head + q.to(gl.int64) * (H * P * N)) + _elements(P, N, mS))
             state = state * gl.exp2(gl.load(totals_ptr + q * H + h)) + own
     nothing = gl.zeros((P, CHUNK), gl.float32, mY)
+    if D_ptr is not None:
+        rows = gl.arange(0, P, layout=gl.SliceLayout(1, mY))
+        D = gl.load(D_ptr + (h * P + rows if D_PER_HEADDIM else h + rows * 0)).to(gl.float32)
 
     for c in range(chunks):
         stage = c % STAGES
@@ -141,8 +187,7 @@ def _scan(
         live = left - c * CHUNK
         B = Bs.index(stage)
         xt_tile = xs.index(stage * HEADS + i).permute((1, 0))
-        ab = _decays(abs_, stage, HEADS)
-        a_tile = ab.slice(i * 2 * CHUNK, CHUNK)
+        weights = row_of(ws, stage, HEADS)
         mbarrier.wait(full.index(stage), c // STAGES & 1)
         if live < CHUNK:
             # All warpgroups clear all of B: they write the same zeros.
@@ -162,24 +207,22 @@ def _scan(
         if z_desc is not None:
             mbarrier.expect(z_bars.index(i), CHUNK * P * 2)
             tma.async_copy_global_to_shared(z_desc, [token + c * CHUNK, h * P], z_bars.index(i), y_tile)
-        total = gl.sum(a_tile.slice(CHUNK - 1, 1).load(gl.BlockedLayout([1], [32], [4], [0])), axis=0)
-        b = ab.slice((i * 2 + 1) * CHUNK, CHUNK).load(gl.SliceLayout(0, aS))
-        weight = gl.exp2(total - b)
         xt = xt_tile.load(aS)
+        mbarrier.wait(weighed.index(stage), c // STAGES & 1)
+        decay = weights.slice(i * 2 * CHUNK, CHUNK)
+        state = state * gl.sum(decay.slice(CHUNK - 1, 1).load(gl.BlockedLayout([1], [32], [4], [0])), axis=0)
+        weight = weights.slice((i * 2 + 1) * CHUNK, CHUNK).load(gl.SliceLayout(0, aS))
         weighted = (xt.to(gl.float32) * weight[None, :]).to(dtype)
+        decay = decay.load(gl.SliceLayout(0, mY))
         xt = gl.convert_layout(xt, aY)
-        decay = gl.exp2(a_tile.load(gl.SliceLayout(0, mY)))
         y, rounded = warpgroup_mma_wait(0, deps=[y, rounded])
         y = y * decay[None, :]
-        state = state * gl.exp2(total)
+        if D_ptr is not None:
+            y += gl.convert_layout(xt, mY).to(gl.float32) * D[:, None]
         mbarrier.wait(scored.index(slot), c // _SCORES & 1)
         y = warpgroup_mma(xt, ms.index(slot * HEADS + i), y, is_async=True)
         state = warpgroup_mma(weighted, B, state, is_async=True)
         y, xt = warpgroup_mma_wait(1, deps=[y, xt])
-        if D_ptr is not None:
-            if D_PER_HEADDIM:
-                D = gl.load(D_ptr + h * P + gl.arange(0, P, layout=gl.SliceLayout(1, mY))).to(gl.float32)
-                y += xt_tile.load(mY).to(gl.float32) * D[:, None]
         if z_desc is not None:
             mbarrier.wait(z_bars.index(i), c & 1)
             z = y_tile.permute((1, 0)).load(mY).to(gl.float32)
@@ -191,7 +234,7 @@ def _scan(
             layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // P, P // 8], [4, 1], [1, 0])
             t = gl.arange(0, CHUNK, layout=gl.SliceLayout(1, layout))
             p = gl.arange(0, P, layout=gl.SliceLayout(0, layout))
-            place = y_ptr + (c * CHUNK).to(gl.int64) * (H * P) + (t[:, None] * (H * P) + (h * P + p)[None, :])
+            place = y_ptr + (token + c * CHUNK).to(gl.int64) * (H * P) + (t[:, None] * (H * P) + (h * P + p)[None, :])
             gl.store(place, y_tile.load(layout), mask=(t < live)[:, None])
         else:
             tma.async_copy_shared_to_global(y_desc, [token + c * CHUNK, h * P], y_tile)
@@ -199,12 +242,13 @@ def _scan(
         if EXPORT > 0:
             now = done + (c + 1) * CHUNK
             if (now % EXPORT == 0) | (now >= length):
-                place = export_ptr + (head + ((now - 1) // EXPORT).to(gl.int64) * (H * P * N)) + element
+                place = export_ptr + (head + ((now - 1) // EXPORT).to(gl.int64) * (H * P * N)) + _elements(P, N, mS)
                 gl.store(place, state.to(export_ptr.dtype.element_ty))
 
     if final_ptr is not None:
-        if writes_final:
-            gl.store(final_ptr + head + element, state.to(final_ptr.dtype.element_ty))
+        if target >= 0:
+            place = final_ptr + (target.to(gl.int64) * final_stride + head) + _elements(P, N, mS)
+            gl.store(place, state.to(final_ptr.dtype.element_ty))
     tma.store_wait(0)
 
 
@@ -254,16 +298,13 @@ def fused_out_kernel_hopper(
     token = begin + k * size
     # A sequence without tokens has a first piece too, which hands the state on.
     if (n < n_sequences) & (k >= 0) & ((k == 0) | (token < end)):
-        writes_final = k < 0
+        target = n.to(gl.int32)
         if final_ptr is not None:
-            if token + size >= end:
-                target = n
-                if final_indices_ptr is not None:
-                    target = gl.load(final_indices_ptr + n).to(gl.int64)
-                writes_final = (target >= 0) & (target < n_final)
-                final_ptr += target * final_stride
+            if final_indices_ptr is not None:
+                index = gl.load(final_indices_ptr + n)
+                target = gl.where((index >= 0) & (index < n_final), index, -1).to(gl.int32)
+            target = gl.where(token + size >= end, target, -1)
         chunks = gl.minimum((end - token + CHUNK - 1) // CHUNK, chunks_per_piece).to(gl.int32)
-        y_ptr += token * (H * P)
         if initial_ptr is not None:
             initial_ptr += n * (H * P * N)
         if states_ptr is not None:
@@ -277,16 +318,19 @@ def fused_out_kernel_hopper(
         Cs = gl.allocate_shared_memory(dtype, [STAGES, CHUNK, N], C_desc.layout)
         abs_ = gl.allocate_shared_memory(gl.float32, [STAGES, HEADS, 2 * CHUNK], ab_desc.layout)
         m_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([CHUNK, CHUNK], dtype)
+        ws = gl.allocate_shared_memory(gl.float32, [STAGES, HEADS, 2 * CHUNK], ab_desc.layout)
         ms = gl.allocate_shared_memory(dtype, [_SCORES * HEADS, CHUNK, CHUNK], m_layout)
         ys = gl.allocate_shared_memory(dtype, [HEADS, CHUNK, P], y_desc.layout)
         full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
         empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+        weighed = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
         scored = gl.allocate_shared_memory(gl.int64, [_SCORES, 1], mbarrier.MBarrierLayout())
         taken = gl.allocate_shared_memory(gl.int64, [_SCORES, 1], mbarrier.MBarrierLayout())
         z_bars = gl.allocate_shared_memory(gl.int64, [HEADS, 1], mbarrier.MBarrierLayout())
         for s in gl.static_range(STAGES):
             mbarrier.init(full.index(s), count=1)
-            mbarrier.init(empty.index(s), count=HEADS + 1)
+            mbarrier.init(weighed.index(s), count=1)
+            mbarrier.init(empty.index(s), count=HEADS)
         for s in gl.static_range(_SCORES):
             mbarrier.init(scored.index(s), count=1)
             mbarrier.init(taken.index(s), count=HEADS)
@@ -307,45 +351,43 @@ def fused_out_kernel_hopper(
             gl.warp_specialize(
                 [
                     (_scan, (
-                        y_desc, z_desc, xs, Bs, Cs, abs_, ms, ys, full, empty, scored, taken, z_bars, D_ptr, y_ptr,
-                        initial_ptr, states_ptr, totals_ptr, final_ptr, export_ptr, first_token, left, chunks, h,
-                        writes_final, pieces, done, length,
+                        y_desc, z_desc, xs, Bs, Cs, ws, ms, ys, full, empty, weighed, scored, taken, z_bars, D_ptr,
+                        y_ptr, initial_ptr, states_ptr, totals_ptr, final_ptr, export_ptr, first_token, left, chunks, h,
+                        target, final_stride, pieces, done, length,
                         H, P, N, D_PER_HEADDIM, SCANNED, EXPORT, HEADS, STAGES, 0,
                     )),
                     (_scan, (
-                        y_desc, z_desc, xs, Bs, Cs, abs_, ms, ys, full, empty, scored, taken, z_bars, D_ptr, y_ptr,
-                        initial_ptr, states_ptr, totals_ptr, final_ptr, export_ptr, first_token, left, chunks, h,
-                        writes_final, pieces, done, length,
+                        y_desc, z_desc, xs, Bs, Cs, ws, ms, ys, full, empty, weighed, scored, taken, z_bars, D_ptr,
+                        y_ptr, initial_ptr, states_ptr, totals_ptr, final_ptr, export_ptr, first_token, left, chunks, h,
+                        target, final_stride, pieces, done, length,
                         H, P, N, D_PER_HEADDIM, SCANNED, EXPORT, HEADS, STAGES, 1,
                     )),
-                    (_score, (
-                        Bs, Cs, abs_, ms, full, empty, scored, taken, D_ptr, chunks, h, D_PER_HEADDIM, HEADS, STAGES,
-                    )),
+                    (_score, (Bs, Cs, abs_, ms, full, scored, taken, chunks, HEADS, STAGES)),
+                    (_weigh, (abs_, ws, full, weighed, chunks, HEADS, STAGES)),
                     (_load, (
                         x_desc, B_desc, C_desc, ab_desc, xs, Bs, Cs, abs_, full, empty, first_row, first_chunk, chunks,
                         h, group, H, P, N, HEADS, STAGES,
                     )),
                 ],
-                [4, 4, 1],
-                [192, 104, 24],
+                [4, 4, 1, 1],
+                [200, 80, 32, 32],
             )  # fmt: skip
         else:
             gl.warp_specialize(
                 [
                     (_scan, (
-                        y_desc, z_desc, xs, Bs, Cs, abs_, ms, ys, full, empty, scored, taken, z_bars, D_ptr, y_ptr,
-                        initial_ptr, states_ptr, totals_ptr, final_ptr, export_ptr, first_token, left, chunks, h,
-                        writes_final, pieces, done, length,
+                        y_desc, z_desc, xs, Bs, Cs, ws, ms, ys, full, empty, weighed, scored, taken, z_bars, D_ptr,
+                        y_ptr, initial_ptr, states_ptr, totals_ptr, final_ptr, export_ptr, first_token, left, chunks, h,
+                        target, final_stride, pieces, done, length,
                         H, P, N, D_PER_HEADDIM, SCANNED, EXPORT, HEADS, STAGES, 0,
                     )),
-                    (_score, (
-                        Bs, Cs, abs_, ms, full, empty, scored, taken, D_ptr, chunks, h, D_PER_HEADDIM, HEADS, STAGES,
-                    )),
+                    (_score, (Bs, Cs, abs_, ms, full, scored, taken, chunks, HEADS, STAGES)),
+                    (_weigh, (abs_, ws, full, weighed, chunks, HEADS, STAGES)),
                     (_load, (
                         x_desc, B_desc, C_desc, ab_desc, xs, Bs, Cs, abs_, full, empty, first_row, first_chunk, chunks,
                         h, group, H, P, N, HEADS, STAGES,
                     )),
                 ],
-                [4, 1],
-                [160, 24],
+                [4, 1, 1],
+                [160, 40, 40],
             )  # fmt: skip

@@ -1,6 +1,7 @@
-# pyright: basic, reportArgumentType=false, reportAssignmentType=false, reportGeneralTypeIssues=false
+# pyright: basic, reportArgumentType=false, reportAssignmentType=false, reportGeneralTypeIssues=false, reportCallIssue=false
+# pyright: reportOperatorIssue=false, reportAttributeAccessIssue=false
 # A jitted function is Gluon's language in Python's syntax; the types are Gluon's too.
-"""`_fused_pieces` for Gluon, whose tensors have layouts."""
+"""`_fused_pieces` for Gluon, whose tensors have layouts, and what its kernels share."""
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -24,3 +25,9 @@ def sequence_of_slot(cu_seqlens_ptr, slot, size, n_sequences, n_tokens, ROOM: gl
         begin = gl.minimum(gl.maximum(begin, 0), n_tokens)
         n += gl.sum((given & (begin // size + index * ROOM <= slot)).to(gl.int32), axis=0)
     return n
+
+
+@gluon.jit
+def row_of(ring, stage, HEADS: gl.constexpr):
+    """A stage of decays or weights, of all heads, as one row: two of a chunk for each head."""
+    return ring.index(stage)._reinterpret(gl.float32, [HEADS * 2 * CHUNK], gl.SwizzledSharedLayout(1, 1, 1, [0]))

@@ -75,7 +75,7 @@ def fused_out_kernel(
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     if D_ptr is not None:
         if D_PER_HEADDIM:
-            D = tl.load(D_ptr + h * P + p, mask=in_headdim, other=0.0).to(tl.float32)
+            D = tl.load(D_ptr + h * P + p, mask=in_headdim, other=0.0).to(tl.float32)[:, None]
         else:
             D = tl.load(D_ptr + h).to(tl.float32)
 
@@ -93,14 +93,10 @@ def fused_out_kernel(
         CBt = tl.dot(B, Ct, input_precision=PRECISION)
         y = tl.dot(state.to(dtype), Ct, input_precision=PRECISION) * tl.exp2(a)[None, :]
         Mt = tl.where(i[:, None] <= i[None, :], CBt * tl.exp2(a[None, :] - b[:, None]), 0.0)
-        if D_ptr is not None:
-            if not D_PER_HEADDIM:
-                Mt = tl.where(i[:, None] == i[None, :], Mt + D, Mt)
         y = tl.dot(xt, Mt.to(dtype), y, input_precision=PRECISION)
         x = xt.to(tl.float32)
         if D_ptr is not None:
-            if D_PER_HEADDIM:
-                y += x * D[:, None]
+            y += x * D
         if z_ptr is not None:
             mask = in_headdim[:, None] & live[None, :]
             y *= silu(tl.load(z_ptr + first * z_stride, mask=mask, other=0.0).to(tl.float32))
@@ -120,4 +116,6 @@ def fused_out_kernel(
             if final_indices_ptr is not None:
                 target = tl.load(final_indices_ptr + n).to(tl.int64)
             if (target >= 0) & (target < n_final):
-                tl.store(final_ptr + target * final_stride + element, state.to(final_ptr.dtype.element_ty), mask=in_state)
+                tl.store(
+                    final_ptr + target * final_stride + element, state.to(final_ptr.dtype.element_ty), mask=in_state
+                )

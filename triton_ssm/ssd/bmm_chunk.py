@@ -58,7 +58,7 @@ def bmm_chunk(
         config = lookup("ssd_bmm_chunk", **_request(plan))
         C, B, cu_seqlens = plan.apply(tensors)
         strides = plan.strides["C"], plan.strides["B"]
-        launch(plan, dims, config, strides, 0, precision, False, C, B, CB, cu_seqlens)
+        launch(plan, dims, config, strides, 0, plan.products(precision), False, C, B, CB, cu_seqlens)
     return CB
 
 
@@ -68,9 +68,10 @@ _PLANS: Cache[Plan] = Cache()
 
 def launch(
     key, dims: contract.Dims, config: Config, strides: tuple[tuple[int, int], tuple[int, int]], aligned: int,
-    precision: str, causal: bool, C, B, CB, cu_seqlens,
+    products: str, causal: bool, C, B, CB, cu_seqlens,
 ) -> None:  # fmt: skip
-    """`strides`: those of C and B. `aligned`: tokens of the chunks at which their sequences begin, or 0."""
+    """`strides`: those of C and B. `aligned`: tokens of the chunks at which their sequences begin, or 0. `products`: of
+    `Plan.products`."""
     BLOCK_SIZE_M, BLOCK_SIZE_N = block(config["BLOCK_SIZE_M"], dims.L), block(config["BLOCK_SIZE_N"], dims.L)
     (C_batch, C_token), (B_batch, B_token) = strides
     # One axis, because the others stop at 65,535.
@@ -80,8 +81,8 @@ def launch(
         grid,
         (C, B, CB, cu_seqlens, dims.T, dims.NC, dims.N_seq, C_batch, B_batch, C_token, B_token),
         (
-            dims.G, dims.N, dims.L, causal, aligned, precision,
-            BLOCK_SIZE_M, BLOCK_SIZE_N, block(config["BLOCK_SIZE_K"], dims.N), config["num_stages"],
+            dims.G, dims.N, dims.L, causal, aligned, products,
+            BLOCK_SIZE_M, BLOCK_SIZE_N, block(config["BLOCK_SIZE_K"], dims.N),
         ),
         config["num_warps"],
     )  # fmt: skip

@@ -70,7 +70,24 @@ def chunk_scan(
         config = lookup("ssd_chunk_scan", **_request(plan))
         CB, x, dt, dA_cumsum, C, states, D, z, cu_seqlens = plan.apply(tensors)
         strides = tuple(plan.strides.get(name, (0, 0)) for name in ("x", "C", "z"))
-        launch(plan, dims, config, strides, 0, precision, CB, x, dt, dA_cumsum, C, states, D, z, y, cu_seqlens)
+        launch(
+            plan,
+            dims,
+            config,
+            strides,
+            0,
+            plan.products(precision),
+            CB,
+            x,
+            dt,
+            dA_cumsum,
+            C,
+            states,
+            D,
+            z,
+            y,
+            cu_seqlens,
+        )
     return y
 
 
@@ -79,10 +96,11 @@ _PLANS: Cache[Plan] = Cache()
 
 
 def launch(
-    key, dims: contract.Dims, config: Config, strides: tuple[tuple[int, int], ...], aligned: int, precision: str,
+    key, dims: contract.Dims, config: Config, strides: tuple[tuple[int, int], ...], aligned: int, products: str,
     CB, x, dt, dA_cumsum, C, states, D, z, y, cu_seqlens,
 ) -> None:  # fmt: skip
-    """`strides`: those of x, C and z. `aligned`: tokens of the chunks at which the sequences of x and C begin, or 0."""
+    """`strides`: those of x, C and z. `aligned`: tokens of the chunks at which the sequences of x and C begin, or 0.
+    `products`: of `Plan.products`."""
     BLOCK_SIZE_M, BLOCK_SIZE_N = block(config["BLOCK_SIZE_M"], dims.L), block(config["BLOCK_SIZE_N"], dims.P)
     (x_batch, x_token), (C_batch, C_token), (z_batch, z_token) = strides
     # Of all packed tokens the padding may need one slot more. One axis, because the others stop at 65,535.
@@ -96,7 +114,7 @@ def launch(
             dims.T, dims.NC, dims.N_seq, x_batch, C_batch, z_batch, x_token, C_token, z_token,
         ),
         (
-            dims.H, dims.G, dims.P, dims.N, dims.L, D is not None and D.dim() == 2, aligned, precision,
+            dims.H, dims.G, dims.P, dims.N, dims.L, D is not None and D.dim() == 2, aligned, products,
             BLOCK_SIZE_M, BLOCK_SIZE_N, block(config["BLOCK_SIZE_K"], dims.L),
             block(config["BLOCK_SIZE_DSTATE"], dims.N), config["num_stages"],
         ),

@@ -59,7 +59,7 @@ def chunk_state(
         config = lookup("ssd_chunk_state", **_request(plan))
         x, B, dt, dA_cumsum, cu_seqlens = plan.apply(tensors)
         strides = plan.strides["x"], plan.strides["B"]
-        launch(plan, dims, config, strides, 0, precision, x, B, dt, dA_cumsum, states, cu_seqlens)
+        launch(plan, dims, config, strides, 0, plan.products(precision), x, B, dt, dA_cumsum, states, cu_seqlens)
     return states
 
 
@@ -69,9 +69,10 @@ _PLANS: Cache[Plan] = Cache()
 
 def launch(
     key, dims: contract.Dims, config: Config, strides: tuple[tuple[int, int], tuple[int, int]], aligned: int,
-    precision: str, x, B, dt, dA_cumsum, states, cu_seqlens,
+    products: str, x, B, dt, dA_cumsum, states, cu_seqlens,
 ) -> None:  # fmt: skip
-    """`strides`: those of x and B. `aligned`: tokens of the chunks at which their sequences begin, or 0."""
+    """`strides`: those of x and B. `aligned`: tokens of the chunks at which their sequences begin, or 0. `products`: of
+    `Plan.products`."""
     BLOCK_SIZE_M, BLOCK_SIZE_N = block(config["BLOCK_SIZE_M"], dims.P), block(config["BLOCK_SIZE_N"], dims.N)
     (x_batch, x_token), (B_batch, B_token) = strides
     # One axis, because the others stop at 65,535; the blocks of one chunk run fastest, for they read the same rows.
@@ -84,7 +85,7 @@ def launch(
             dims.T, dims.NC, dims.N_seq, x_batch, B_batch, x_token, B_token,
         ),
         (
-            dims.H, dims.G, dims.P, dims.N, dims.L, aligned, precision,
+            dims.H, dims.G, dims.P, dims.N, dims.L, aligned, products,
             BLOCK_SIZE_M, BLOCK_SIZE_N, block(config["BLOCK_SIZE_K"], dims.L), config["num_stages"],
         ),
         config["num_warps"],

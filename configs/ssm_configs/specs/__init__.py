@@ -6,6 +6,14 @@ from types import MappingProxyType
 from ..spec import OpSpec
 from .causal_conv1d import CAUSAL_CONV1D
 from .causal_conv1d_update import CAUSAL_CONV1D_UPDATE
+from .chunk_gated_delta_rule import CHUNK_GATED_DELTA_RULE
+from .fused_recurrent_gated_delta_rule import FUSED_RECURRENT_GATED_DELTA_RULE
+from .gdn_chunk_delta_h import GDN_CHUNK_DELTA_H
+from .gdn_chunk_local_cumsum import GDN_CHUNK_LOCAL_CUMSUM
+from .gdn_chunk_o import GDN_CHUNK_O
+from .gdn_chunk_scaled_dot_kkt import GDN_CHUNK_SCALED_DOT_KKT
+from .gdn_recompute_w_u import GDN_RECOMPUTE_W_U
+from .gdn_solve_tril import GDN_SOLVE_TRIL
 from .mamba_chunk_scan_combined import MAMBA_CHUNK_SCAN_COMBINED
 from .selective_state_update import SELECTIVE_STATE_UPDATE
 from .ssd_bmm_chunk import SSD_BMM_CHUNK
@@ -27,6 +35,14 @@ SPECS: Mapping[str, OpSpec] = MappingProxyType(
             SSD_BMM_CHUNK,
             SSD_CHUNK_SCAN,
             MAMBA_CHUNK_SCAN_COMBINED,
+            GDN_CHUNK_LOCAL_CUMSUM,
+            GDN_CHUNK_SCALED_DOT_KKT,
+            GDN_SOLVE_TRIL,
+            GDN_RECOMPUTE_W_U,
+            GDN_CHUNK_DELTA_H,
+            GDN_CHUNK_O,
+            CHUNK_GATED_DELTA_RULE,
+            FUSED_RECURRENT_GATED_DELTA_RULE,
         )
     }
 )

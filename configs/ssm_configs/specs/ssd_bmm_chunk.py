@@ -9,17 +9,16 @@ _KNOBS = (
     _ssd.block("BLOCK_SIZE_N", 16, 256, "tokens of B that one program computes"),
     _ssd.block("BLOCK_SIZE_K", 16, 256, "elements of dstate of one step"),
     _ssd.NUM_WARPS,
-    _ssd.NUM_STAGES,
 )
 
 
 def heuristic(statics: Statics, dtype: str, device: Device, size: int) -> Knobs:
-    """64 by 64 tokens; half of that for fp32, whose products are outside tensor cores. The size has no say, as in
-    `ssd_chunk_state`."""
+    """A chunk of 128 tokens at once, and dstate too in most models; less for fp32, for which see `ssd_chunk_state`, as for
+    why the size has no say."""
     del statics, device, size  # part of every heuristic's signature
     if dtype == "float32":
-        return {"BLOCK_SIZE_M": 32, "BLOCK_SIZE_N": 32, "BLOCK_SIZE_K": 16, "num_warps": 4, "num_stages": 1}
-    return {"BLOCK_SIZE_M": 64, "BLOCK_SIZE_N": 64, "BLOCK_SIZE_K": 64, "num_warps": 4, "num_stages": 2}
+        return {"BLOCK_SIZE_M": 64, "BLOCK_SIZE_N": 64, "BLOCK_SIZE_K": 32, "num_warps": 4}
+    return {"BLOCK_SIZE_M": 128, "BLOCK_SIZE_N": 128, "BLOCK_SIZE_K": 128, "num_warps": 8}
 
 
 SSD_BMM_CHUNK = OpSpec(

