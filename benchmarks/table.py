@@ -39,7 +39,11 @@ LINES = {
     ),
     "mamba_chunk_scan_combined": (
         Line("scan, 8192 tokens × 128 heads", "Nemotron-H-8B (H=128, G=8): T=8192", {}),
-        Line("the same, four packed and resumed sequences", "Nemotron-H-8B, four packed and resumed sequences: T=8192", {}),
+        Line(
+            "the same, four packed and resumed sequences",
+            "Nemotron-H-8B, four packed and resumed sequences: T=8192",
+            {},
+        ),
         Line("scan, 1024 tokens × 128 heads", "Nemotron-H-8B (H=128, G=8): T=1024", {}),
         Line("scan, 8192 tokens × 80 heads", "Mamba2-2.7B (H=80, G=1): T=8192", {}),
         Line("scan, 8192 tokens × 16 heads", "Nemotron-H-8B/TP8 (H=16, G=1): T=8192", {}),

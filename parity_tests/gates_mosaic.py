@@ -112,7 +112,9 @@ def mamba_chunk_scan_combined(row: Mapping[str, Any]) -> tuple[Arrays, dict[str,
 
     A row may ask for `sequences` (packed, so many), `initial` states, `z`, `chunk_aligned` rows and `intermediate` states.
     """
-    B, T, H, G, L = (row.get(key, default) for key, default in (("B", 1), ("T", 8192), ("H", 128), ("G", 8), ("L", 128)))
+    B, T, H, G, L = (
+        row.get(key, default) for key, default in (("B", 1), ("T", 8192), ("H", 128), ("G", 8), ("L", 128))
+    )
     P, N, N_seq, dtype = row["P"], row["N"], row.get("sequences"), row["dtype"]
     rows = T
     if row.get("chunk_aligned"):
@@ -181,9 +183,7 @@ OPS = {
     "selective_state_update": Op(selective_state_update, "state", ("BLOCK_SIZE_M", "tiles_per_block", "use_tma")),
     "causal_conv1d": Op(causal_conv1d, "conv_state", ("BLOCK_SIZE_T", "BLOCK_SIZE_D")),
     "causal_conv1d_update": Op(causal_conv1d_update, "conv_state", ("BLOCK_SIZE_D", "BLOCK_SIZE_B")),
-    "mamba_chunk_scan_combined": Op(
-        mamba_chunk_scan_combined, "final_states_out", ("CHUNKS_PER_PIECE", "num_stages")
-    ),
+    "mamba_chunk_scan_combined": Op(mamba_chunk_scan_combined, "final_states_out", ("CHUNKS_PER_PIECE", "num_stages")),
     **{name: Op(ssd_stage, "", ()) for name in SSD_STAGES},
 }
 

@@ -127,7 +127,10 @@ OPERATORS = {
         Operator("ssd.chunk_cumsum", _stage_sizes("", "HL"), outputs=("dA_cumsum", "dt"), rounded_to=_fp32),
         Operator("ssd.chunk_state", _stage_sizes("H", "PNL"), outputs=("states",), rounded_to=_computed),
         Operator(
-            "ssd.state_passing", _passing_sizes, outputs=("before", "final"), rounded_to=_passed,
+            "ssd.state_passing",
+            _passing_sizes,
+            outputs=("before", "final"),
+            rounded_to=_passed,
             table_dtype=lambda case: "float32",
         ),
         Operator("ssd.bmm_chunk", _stage_sizes("G", "NL"), outputs=("CB",), rounded_to=_fp32),

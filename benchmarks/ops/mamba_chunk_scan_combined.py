@@ -155,14 +155,25 @@ def _flops(case: Case) -> int:
 
 
 def _candidates(twin: str, statics: Mapping[str, int], dtype: str) -> list[Knobs]:
-    if dtype == "float32":
-        return [{"FUSED": False, "CHUNKS_PER_PIECE": 1, "num_stages": 2}]
-    stages = (2, 3) if twin == "triton" else (3, 4)
-    return [
-        {"FUSED": True, "CHUNKS_PER_PIECE": chunks, "num_stages": depth}
-        for chunks in (2, 4, 8, 11, 16, 22, 32, 43, 64, 128, 256, 512, 1024)
-        for depth in stages
-    ] + [{"FUSED": False, "CHUNKS_PER_PIECE": 1, "num_stages": 2}]
+    unfused: Knobs = {"FUSED": False, "CHUNKS_PER_PIECE": 1, "num_stages": 4}
+    whole = 65536  # chunks: more than a sequence has
+    pieces = (2, 4, 8, 11, 16, 22, 32, 43, 64, 128, 256, 512, whole)
+    if twin == "triton":
+        unfused |= {"STATES_PER_PIECE": 1, "HEADS_PER_BLOCK": 1}
+        fused = [
+            {
+                "FUSED": True, "CHUNKS_PER_PIECE": chunks, "STATES_PER_PIECE": states, "HEADS_PER_BLOCK": heads,
+                "num_stages": 4,
+            }
+            for chunks in pieces
+            for states in ((1,) if chunks == whole else (1, 2, 4))
+            for heads in (1, 2)
+        ]  # fmt: skip
+    else:
+        fused = [
+            {"FUSED": True, "CHUNKS_PER_PIECE": chunks, "num_stages": depth} for chunks in pieces for depth in (3, 4)
+        ]
+    return [unfused] if dtype == "float32" else [*fused, unfused]
 
 
 def _vllm(

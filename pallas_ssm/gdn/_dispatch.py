@@ -148,7 +148,9 @@ def choose(prepared: Prepared, implementation: str | None) -> Choice:
         if static.op not in KERNELS:
             raise Unsupported(f"{op}: there is no mosaic_gpu kernel of this operator; use implementation='xla' or None")
         if implementation is None and static.op in _ASKED_FOR_ONLY:
-            raise Unsupported(f"{op}: the kernel has not been checked on a GPU yet; implementation='mosaic_gpu' asks for it")
+            raise Unsupported(
+                f"{op}: the kernel has not been checked on a GPU yet; implementation='mosaic_gpu' asks for it"
+            )
         launch = KERNELS[static.op].plan(static, prepared.arrays, device)
     except Unsupported as error:
         if implementation is not None:

@@ -6,7 +6,6 @@
 Two thread blocks share an SM: nothing here is long enough to fill it alone.
 """
 
-from functools import partial
 from typing import Any
 
 import jax
@@ -20,10 +19,7 @@ from ._fused_pieces import CHUNK
 from ._fused_tiles import rem, tiles
 from ._tiles import ACC, ACROSS, COLUMNS, LAYOUT, ROWS, across, load
 
-
-def registers(shape: Shape) -> dict[str, int]:
-    """Of a thread of each role."""
-    return {"carry": 160 if shape.widths <= 2 else 216, "feed": 88}
+_REGISTERS = {"carry": 160, "feed": 88}
 
 
 def run(shape: Shape, arrays: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
@@ -70,59 +66,37 @@ class _Ends(Block):
         here = (self.piece.length > 0) & jnp.logical_not(self.piece.last)
         if self.dims.packed:
             here = here & (self.piece.n < self.dims.N_seq)
-        sizes = registers(self.shape)
-        for i, (role, size) in enumerate(sizes.items()):
+        for i, (role, size) in enumerate(_REGISTERS.items()):
 
             @pl.when(here & (warpgroup == i))
             def _(role: str = role, size: int = size) -> None:
-                plgpu.set_max_registers(size, action="increase" if role == "carry" else "decrease")
+                plgpu.set_max_registers(size, action="increase" if size > 128 else "decrease")
                 getattr(self, role)()
 
     def carry(self) -> None:
         zero = plgpu.layout_cast(jnp.zeros((ROWS, COLUMNS), jnp.float32), LAYOUT)
-        S, total = (zero,) * self.shape.widths, jnp.float32(0)
-        if self.shape.widths <= 2:
-            # Every chunk but the last makes the next one's operand ready while its own product runs.
-            last = self.count - 1
-            begin = S, total, self.weighted(jnp.int32(0))
-            S, total, weighted = lax.fori_loop(jnp.int32(0), last, partial(self.step, more=True), begin)
-            S, total, _ = self.step(last, (S, total, weighted), more=False)
-        else:  # the registers are full
-            S, total = lax.fori_loop(jnp.int32(0), self.count, self.whole_step, (S, total))
+        S, total = lax.fori_loop(jnp.int32(0), self.count, self.step, ((zero,) * self.shape.widths, jnp.float32(0)))
         slot = self.piece.slot
         for k, part in enumerate(S):
             self.refs.ends.at[slot, self.h, self.channels, pl.ds(k * COLUMNS, COLUMNS)][...] = part
         pl.when(self.part == 0)(lambda: self.refs.totals.__setitem__((slot, self.h), total))
 
-    def whole_step(self, c: jax.Array, carried: tuple[tuple[jax.Array, ...], jax.Array]) -> Any:
-        S, total, _ = self.step(c, (*carried, self.weighted(c)), more=False)
-        return S, total
-
-    def weighted(self, c: jax.Array) -> jax.Array:
-        """(x·w)^T of a chunk."""
-        refs, slot = self.refs, rem(c, self.shape.stages)
+    def step(self, c: jax.Array, carried: tuple[tuple[jax.Array, ...], jax.Array]) -> Any:
+        S, total = carried
+        refs, slot, dtype = self.refs, rem(c, self.shape.stages), jnp.dtype(self.static.dtype)
         plgpu.barrier_wait(refs.full.at[slot])
-        x = load(refs.x_s[1].at[slot].transpose((1, 0)), layout=LAYOUT).astype(jnp.float32)
-        return (x * across(load(refs.v_s.at[slot, WEIGHT], layout=ACROSS), ROWS)).astype(refs.x_s[1].dtype)
 
-    def step(self, c: jax.Array, carried: tuple[tuple[jax.Array, ...], jax.Array, jax.Array], more: bool) -> Any:
-        S, total, weighted = carried
-        refs, slot = self.refs, rem(c, self.shape.stages)
-
-        def product(*ends: Any) -> tuple[tuple[jax.Array, ...], jax.Array]:
+        def product(*ends: Any) -> tuple[jax.Array, ...]:
+            x = load(refs.x_s[1].at[slot].transpose((1, 0)), layout=LAYOUT).astype(jnp.float32)
+            weighted = (x * across(load(refs.v_s.at[slot, WEIGHT], layout=ACROSS), ROWS)).astype(dtype)
             decay = refs.v_s[slot, GROWN, CHUNK - 1]
             for s, end in zip(S, ends, strict=True):
                 end[...] = s * decay
             for k, end in enumerate(ends):
                 plgpu.wgmma(end, weighted, refs.B_s[1].at[slot, k])
-            following = self.weighted(c + 1) if more else weighted
-            done = tuple(end[...] for end in ends)
-            if more:
-                # Both live up to here: the next operand must not be put into registers that the tensor cores still read.
-                _, following = lax.optimization_barrier((weighted, following))
-            return done, following
+            return tuple(end[...] for end in ends)
 
         total = total + refs.v_s[slot, A, CHUNK - 1]
-        S, weighted = pl.run_scoped(product, *[ACC((ROWS, COLUMNS), jnp.float32)] * self.shape.widths)
+        S = pl.run_scoped(product, *[ACC((ROWS, COLUMNS), jnp.float32)] * self.shape.widths)
         plgpu.barrier_arrive(refs.empty.at[slot])
-        return S, total, weighted
+        return S, total
