@@ -53,8 +53,8 @@ def _keep(record: logging.LogRecord) -> bool:
     return False
 
 
-def _refuse(event: str, duration: float, **details: Any) -> None:
-    del duration
+def _refuse(event: str, duration_secs: float, **details: Any) -> None:
+    del duration_secs
     if event not in _EVENTS:
         return
     name = details.get("fun_name", "a function")

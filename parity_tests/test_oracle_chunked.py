@@ -1,5 +1,7 @@
 """The definitions of the chunked operators: the stages compose to the recurrence, and single tokens come out by hand."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -23,7 +25,7 @@ def scan_arguments(B, T, n_seq, H=4, G=2, P=3, N=5):
     rng = np.random.default_rng(0)
     x, dt, B_, C = (rng.normal(size=shape) for shape in ((B, T, H, P), (B, T, H), (B, T, G, N), (B, T, G, N)))
     A = -rng.uniform(0.1, 4, H)
-    named = {"D": rng.normal(size=H), "z": rng.normal(size=x.shape), "dt_bias": rng.normal(size=H)}
+    named: dict[str, Any] = {"D": rng.normal(size=H), "z": rng.normal(size=x.shape), "dt_bias": rng.normal(size=H)}
     return (x, dt, A, B_, C), named | {"dt_softplus": True, "initial_states": rng.normal(size=(n_seq, H, P, N))}
 
 
@@ -38,7 +40,7 @@ def test_scan_stages_compose_to_the_recurrence(B, T, cu_seqlens):
 def test_scan_of_two_tokens_by_hand():
     one = np.ones((1, 2, 1, 1))
     x, dt = one * np.array([2.0, 3.0]).reshape(1, 2, 1, 1), np.array([[[0.5], [0.25]]])
-    y, final = ssd.mamba_chunk_scan_combined(
+    y, final, *_ = ssd.mamba_chunk_scan_combined(
         x, dt, np.array([-2.0]), 5 * one, 7 * one, chunk_size=16, D=np.array([11.0]), dt_limit=(0.3, 1.0)
     )
     first = 0.5 * 2 * 5
@@ -54,7 +56,9 @@ def test_scan_goes_on_from_the_state_it_returned():
     parts, state = [], initial
     for rows in (slice(0, 13), slice(13, 50)):
         tensors = (x[:, rows], dt[:, rows], A, B[:, rows], C[:, rows])
-        y, state = ssd.mamba_chunk_scan_combined(*tensors, chunk_size=16, z=z[:, rows], initial_states=state, **named)
+        y, state, *_ = ssd.mamba_chunk_scan_combined(
+            *tensors, chunk_size=16, z=z[:, rows], initial_states=state, **named
+        )
         parts.append(y)
     assert_equal((np.concatenate(parts, 1), state), whole)
 

@@ -169,7 +169,8 @@ def test_steps_continue_a_prompt():
     )
     assert state is not None and final is not None
     for t in range(13, T):
-        step = triton_ssm.fused_recurrent_gated_delta_rule(*(x[:, t] for x in whole), state, use_qk_l2norm=True)
+        now: list[Any] = [*(x[:, t] for x in whole), state]
+        step = triton_ssm.fused_recurrent_gated_delta_rule(*now, use_qk_l2norm=True)
         assert error(from_torch(step[0]), from_torch(o[0, t])).within(1e-5, 1e-5)
     assert error(from_torch(state), from_torch(final)).within(1e-5, 1e-5)
 
@@ -186,9 +187,8 @@ def test_a_pool_that_lies_the_other_way_and_views_of_one_projection():
     pool = torch.full((9, 3, 2, 16, 16), 7.0, dtype=torch.bfloat16)  # as [S,H_v,V,K], slots apart
     pool[:, 1] = state.mT
     out = torch.empty(4, 3, 2, 16, dtype=torch.bfloat16)
-    o = triton_ssm.fused_recurrent_gated_delta_rule(
-        *views, g.T.contiguous().T, beta, pool[:, 1].mT, **keywords, out=out[:, 1]
-    )
+    given: list[Any] = [*views, g.T.contiguous().T, beta, pool[:, 1].mT]
+    o = triton_ssm.fused_recurrent_gated_delta_rule(*given, **keywords, out=out[:, 1])
     # Sums of fp32 in the same order, though their operands lie elsewhere.
     assert torch.equal(o, expected) and torch.equal(pool[:, 1].mT, arguments[5])
     assert (pool[:, 0] == 7).all() and (pool[:, 2] == 7).all()

@@ -86,7 +86,8 @@ def _operands(case: Case) -> dict[str, Operand]:
     if unknown := [name for name, value in case.options.items() if value and name not in _KNOWN]:
         raise ValueError(f"{case}: {', '.join(unknown)} cannot be benchmarked")
     B, T, H, G, P, N = (case.dims[key] for key in ("B", "T", "H", "G", "P", "N"))
-    lengths, slow = case.options.get("lengths"), bool(case.options.get("slow"))
+    lengths: tuple[int, ...] = case.options.get("lengths", ())
+    slow = bool(case.options.get("slow"))
 
     def bounds(tensor: torch.Tensor, generator: torch.Generator) -> None:
         tensor.copy_(torch.tensor([0, *lengths]).cumsum(0))
