@@ -193,7 +193,7 @@ def test_drawn_calls(data, seed: int):
         keywords["initial_state"] = np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
     keywords["use_qk_l2norm"] = data.draw(st.booleans())
     # Few elements: one unlucky rounding is much of the relative error.
-    check_combined(draw(B, T, **sizes, dtype=dtype, seed=seed), dtype, few=3.0, **keywords)
+    check_combined(draw(B, T, **sizes, dtype=dtype, seed=seed), dtype, few=8.0, **keywords)
 
 
 def test_what_others_hold_does_not_matter():
