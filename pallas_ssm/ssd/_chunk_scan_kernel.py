@@ -24,6 +24,7 @@ from ._tiles import (
     indices,
     load,
     locate,
+    store_rows,
     tile,
 )
 
@@ -137,25 +138,13 @@ def run(
 
 
 def _store(rows: Any, y: Any, first: jax.Array, count: jax.Array) -> None:
-    """The first `count` rows, for those after them belong to another sequence. TMA masks nothing: copies of 64, 32, … rows."""
+    """The first `count` rows, for those after them belong to another sequence."""
 
     @pl.when(count == ROWS)
     def _():
         plgpu.copy_smem_to_gmem(rows, y.at[pl.ds(first, ROWS)])
 
-    @pl.when(count < ROWS)
-    def _():
-        size, offset = ROWS // 2, 0
-        while size:
-            some = count & size > 0
-
-            @pl.when(some)
-            def _(size=size, offset=offset):
-                plgpu.copy_smem_to_gmem(rows.at[pl.ds(offset, size)], y.at[pl.ds(first + offset, size)])
-
-            offset = offset + jnp.where(some, size, 0)
-            size //= 2
-
+    pl.when(count < ROWS)(lambda: store_rows(rows, y, first, count))
     plgpu.wait_smem_to_gmem(0)
 
 

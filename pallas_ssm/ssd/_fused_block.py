@@ -22,8 +22,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from .._numerics import LOG2E, softplus
 from ._combined_call import Static
 from ._fused_pieces import CHUNK, Cut, Piece, locate
-from ._fused_tiles import rem, store_rows
-from ._tiles import ACROSS, COLUMNS, DOWN, LAYOUT, ROWS, across, indices, load
+from ._fused_tiles import rem
+from ._tiles import ACROSS, COLUMNS, DOWN, LAYOUT, ROWS, across, indices, load, store_rows
 
 # dt comes for so many heads (TMA takes no less than 16 bytes of a row) and chunks at a time.
 DT_HEADS, DT_CHUNKS = 8, 4

@@ -16,8 +16,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from ._fused_block import DT_CHUNKS, DT_HEADS, GROWN, WEIGHT, A, Block, Shape
 from ._fused_pieces import CHUNK
-from ._fused_tiles import rem, tiles
-from ._tiles import ACC, ACROSS, COLUMNS, LAYOUT, ROWS, across, load
+from ._fused_tiles import rem
+from ._tiles import ACC, ACROSS, COLUMNS, LAYOUT, ROWS, across, load, tiles
 
 _REGISTERS = {"carry": 160, "feed": 88}
 

@@ -22,8 +22,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from .._numerics import silu
 from ._fused_block import DT_CHUNKS, DT_HEADS, GROWN, WEIGHT, A, B, Block, Shape
 from ._fused_pieces import CHUNK
-from ._fused_tiles import clear, operand, rem, tiles
-from ._tiles import ACC, ACROSS, COLUMNS, DOWN, LAYOUT, ROWS, across, down, indices, load
+from ._fused_tiles import clear, operand, rem
+from ._tiles import ACC, ACROSS, COLUMNS, DOWN, LAYOUT, ROWS, across, down, indices, load, tiles
 
 # Buffers for M and for y.
 _BUFFERS = 2

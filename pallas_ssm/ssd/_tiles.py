@@ -28,19 +28,24 @@ ACC = plgpu.ACC  # pyright: ignore[reportPrivateImportUsage]
 load = partial(plgpu.load, optimized=False)
 
 
-def tile(columns: int, dtype: Any) -> Any:
-    """(view for TMA, view for wgmma) of one piece of shared memory: 64 rows by `columns`, in pieces of 64 columns.
+_SWIZZLE = plgpu.SwizzleTransform(128)  # pyright: ignore[reportAbstractUsage]
+TILED = (plgpu.TilingTransform((8, COLUMNS)), _SWIZZLE)  # pyright: ignore[reportAbstractUsage]
+
+
+def tiles(*shape: int, dtype: Any, linear: bool = False) -> Any:
+    """(as TMA sees them, as wgmma and registers do[, without a swizzle]): [64, 64] tiles, one piece of shared memory.
 
     Mosaic GPU lets TMA write a tiled view only where it can prove that the first row is a multiple of 8, which the first token
     of a packed sequence is not. Rows of 128 swizzled bytes lie the same with the tiling and without.
     """
-    shape = columns // COLUMNS, ROWS, COLUMNS
-    swizzle = plgpu.SwizzleTransform(128)  # pyright: ignore[reportAbstractUsage]
-    tiling = plgpu.TilingTransform((8, COLUMNS))  # pyright: ignore[reportAbstractUsage]
-    return plgpu.RefUnion(
-        plgpu.SMEM(shape, jnp.dtype(dtype), transforms=(swizzle,)),
-        plgpu.SMEM(shape, jnp.dtype(dtype), transforms=(tiling, swizzle)),
-    )
+    shape, dtype = (*shape, ROWS, COLUMNS), jnp.dtype(dtype)
+    views = [plgpu.SMEM(shape, dtype, transforms=(_SWIZZLE,)), plgpu.SMEM(shape, dtype, transforms=TILED)]
+    return plgpu.RefUnion(*views, *([plgpu.SMEM(shape, dtype)] if linear else []))
+
+
+def tile(columns: int, dtype: Any) -> Any:
+    """64 rows by `columns`, in pieces of 64 columns."""
+    return tiles(columns // COLUMNS, dtype=dtype)
 
 
 def fetch(rows: Any, into: Any, barrier: Any) -> None:
@@ -108,3 +113,21 @@ def clear_rows(ref: Any, length: jax.Array) -> None:
             rows = load(ref.at[k], layout=LAYOUT)
             ref.at[k][...] = jnp.where(indices(0) < length, rows, jnp.zeros_like(rows))
         plgpu.commit_smem()
+
+
+def store_rows(tile: Any, target: Any, first: jax.Array, count: jax.Array) -> None:
+    """The first `count` < 64 rows of a tile without a swizzle to rows of `target` from `first` on.
+
+    A copy cannot be masked: one for each power of two.
+    """
+    at: Any = 0
+    size = ROWS // 2
+    while size:
+        take = (count & size) != 0
+
+        @pl.when(take)
+        def _(at: Any = at, size: int = size) -> None:
+            plgpu.copy_smem_to_gmem(tile.at[pl.ds(at, size)], target.at[pl.ds(first + at, size)])
+
+        at = at + jnp.where(take, size, 0)
+        size //= 2

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from ._shapes import FLOATS, INTEGERS, Shape, expect_dtype, expect_rank, expect_shape, format_shape
+from ._shapes import Shape, expect_rank, expect_same_dtype, expect_shape, format_shape, given_arguments
 
 WIDTHS = (2, 3, 4, 5, 6)
 ACTIVATIONS = (None, "silu", "swish")
@@ -60,7 +60,7 @@ def check_prefill(
     chunk_size: int | None = None,
 ) -> Dims:
     """The dims of a legal `causal_conv1d` (or, with `sizes`, `causal_conv1d_split`) call."""
-    given = _given(PREFILL, shapes, dtypes)
+    given = given_arguments(PREFILL, shapes, dtypes, integers=_INDICES, bools=("has_initial_state",))
     expect_rank("x", given["x"], "B T D")
     B, T, D = given["x"]
     W = _check_weight(given, D)
@@ -89,7 +89,7 @@ def check_prefill(
             raise ValueError(f"null_slot: expected None without conv_state, got {null_slot}")
         if "initial_state" in given:
             expect_shape("initial_state", given["initial_state"], {"N_seq": N_seq, "W-1": W - 1, "D": D})
-            _same_dtype("initial_state", dtypes)
+            expect_same_dtype("initial_state", "x", dtypes)
     _check_null_slot(null_slot)
     return Dims(B, T, D, W, N_seq, S, L, packed, _rows(T, D, N_seq, packed, sizes, chunk_size))
 
@@ -98,7 +98,7 @@ def check_update(
     shapes: Mapping[str, Shape | None], dtypes: Mapping[str, str | None], *, null_slot: int | None = None
 ) -> Dims:
     """The dims of a legal `causal_conv1d_update` call."""
-    given = _given(UPDATE, shapes, dtypes)
+    given = given_arguments(UPDATE, shapes, dtypes, integers=_INDICES)
     expect_rank("x", given["x"], "T D")
     T, D = given["x"]
     W = _check_weight(given, D)
@@ -116,16 +116,6 @@ def check_update(
         expect_shape("num_accepted_tokens", given["num_accepted_tokens"], {"N_seq": N_seq})
     _check_null_slot(null_slot)
     return Dims(1, T, D, W, N_seq, S, L, packed, T)
-
-
-def _given(
-    names: Sequence[str], shapes: Mapping[str, Shape | None], dtypes: Mapping[str, str | None]
-) -> dict[str, Shape]:
-    given = {name: shape for name in names if (shape := shapes.get(name)) is not None}
-    for name in given:
-        legal = INTEGERS if name in _INDICES else ("bool",) if name == "has_initial_state" else FLOATS
-        expect_dtype(name, str(dtypes[name]), legal)
-    return given
 
 
 def _check_weight(given: Mapping[str, Shape], D: int) -> int:
@@ -155,14 +145,9 @@ def _check_pool(given: Mapping[str, Shape], dtypes: Mapping[str, str | None], D:
         raise ValueError(
             f"conv_state: expected shape (S, L, D={D}) with L >= {W - 1} rows for width {W}, got {format_shape(pool)}"
         )
-    _same_dtype("conv_state", dtypes)
-    return pool[0], pool[1]
-
-
-def _same_dtype(name: str, dtypes: Mapping[str, str | None]) -> None:
     # A state is a copy of inputs, bit for bit.
-    if dtypes[name] != dtypes["x"]:
-        raise TypeError(f"{name}: expected the dtype of x, {dtypes['x']}, got {dtypes[name]}")
+    expect_same_dtype("conv_state", "x", dtypes)
+    return pool[0], pool[1]
 
 
 def _check_null_slot(null_slot: object) -> None:
