@@ -2,8 +2,8 @@
 
 Warpgroups by what they do, tied by barriers and never to the block as a whole:
 
-    carry    S [64 channels, N] in fp32 registers. y^T = exp(a)·(S C^T) + x^T M^T, S = exp(a_last)·S + (x·w)^T B
-    score    M^T = B C^T ∘ decay·dt, masked, with D on its diagonal; one warpgroup, or two in turns
+    carry    S [64 channels, N] in fp32 registers. y^T = exp(a)·(S C^T) + D·x^T + x^T M^T, S = exp(a_last)·S + (x·w)^T B
+    score    M^T = B C^T ∘ decay·dt, masked; one warpgroup, or two in turns
     feed     tiles by TMA, vectors from dt, y out (`_fused_block`)
 
 Transposed, S and x are the left operands, which wgmma takes from registers: the state never passes through shared memory, whose
@@ -119,10 +119,6 @@ class _Scan(Block):
     def score(self, turn: int) -> None:
         refs, shape = self.refs, self.shape
         column, row = indices(1), indices(0)
-        diagonal: Any = 0.0
-        if refs.D is not None and len(refs.D.shape) == 1:
-            D = refs.D[self.h].astype(jnp.float32)
-            diagonal = jnp.where(row == column, jnp.broadcast_to(D, row.shape), 0.0)
 
         def step(i: jax.Array, _: None) -> None:
             c = i * shape.scores + turn
@@ -137,7 +133,7 @@ class _Scan(Block):
                 a = load(refs.v_s.at[slot, A], layout=ACROSS)
                 b = load(refs.v_s.at[slot, B], layout=DOWN)
                 decay = jnp.exp2(across(a, ROWS) - down(b, COLUMNS))
-                return jnp.where(column >= row, CB[...] * decay + diagonal, 0.0)
+                return jnp.where(column >= row, CB[...] * decay, 0.0)
 
             M = pl.run_scoped(product, ACC((ROWS, COLUMNS), jnp.float32))
             pl.when(c >= _BUFFERS)(lambda: plgpu.barrier_wait(refs.free.at[buffer]))
@@ -160,7 +156,7 @@ class _Scan(Block):
     # The state.
 
     def carry(self) -> None:
-        S = lax.fori_loop(jnp.int32(0), self.count, self.step, self.before())
+        S = lax.fori_loop(jnp.int32(0), self.count, partial(self.step, self.skip()), self.before())
         refs, piece = self.refs, self.piece
         if refs.final is not None:
             pl.when(piece.last)(lambda: self.put(refs.final.at[piece.n], S))
@@ -193,7 +189,16 @@ class _Scan(Block):
 
         return lax.fori_loop(jnp.int32(0), piece.k, add, S)
 
-    def step(self, c: jax.Array, S: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    def skip(self) -> jax.Array | None:
+        """D of this block's channels."""
+        D = self.refs.D
+        if D is None:
+            return None
+        if len(D.shape) == 1:
+            return jnp.broadcast_to(D[self.h].astype(jnp.float32), (ROWS, COLUMNS))
+        return down(load(D.at[self.h, self.channels], layout=DOWN).astype(jnp.float32), COLUMNS)
+
+    def step(self, D: jax.Array | None, c: jax.Array, S: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         """One chunk. What later products need is made while earlier ones run; nothing is in flight across the loop's edge."""
         refs, shape, dtype = self.refs, self.shape, jnp.dtype(self.static.dtype)
         slot, buffer = rem(c, shape.stages), rem(c, _BUFFERS)
@@ -220,8 +225,10 @@ class _Scan(Block):
                 plgpu.wgmma_wait(0)
                 early = inner()
             x, grown, weight = early
-            weighted = (x.astype(jnp.float32) * across(weight, ROWS)).astype(dtype)
-            y[...] = plgpu.wgmma_accumulator_load(y) * across(grown, ROWS)
+            wide = x.astype(jnp.float32)
+            weighted = (wide * across(weight, ROWS)).astype(dtype)
+            carried = plgpu.wgmma_accumulator_load(y) * across(grown, ROWS)
+            y[...] = carried if D is None else carried + D * wide
             plgpu.wgmma(y, x, refs.m_s.at[buffer])
             for k, end in enumerate(ends):
                 plgpu.wgmma(end, weighted, refs.B_s[1].at[slot, k])
@@ -239,9 +246,6 @@ class _Scan(Block):
         """y^T of a chunk to shared memory, from where the feeding warpgroup sends it off."""
         refs, slot, buffer = self.refs, rem(c, self.shape.stages), rem(c, _BUFFERS)
         pl.when(c + _BUFFERS < self.count)(lambda: plgpu.barrier_arrive(refs.free.at[buffer]))
-        if refs.D is not None and len(refs.D.shape) == 2:
-            x = load(refs.x_s[1].at[slot].transpose((1, 0)), layout=LAYOUT).astype(jnp.float32)
-            y = y + x * down(load(refs.D.at[self.h, self.channels], layout=DOWN).astype(jnp.float32), COLUMNS)
         if refs.z_s is not None:
             y = y * silu(load(refs.z_s[1].at[slot].transpose((1, 0)), layout=LAYOUT).astype(jnp.float32))
         y = y.astype(refs.y_s[1].dtype)
