@@ -225,10 +225,12 @@ class _Scan(Block):
                 plgpu.wgmma_wait(0)
                 early = inner()
             x, grown, weight = early
+            # Before the wait, under which nothing else is to do.
             wide = x.astype(jnp.float32)
             weighted = (wide * across(weight, ROWS)).astype(dtype)
+            skipped = None if D is None else D * wide
             carried = plgpu.wgmma_accumulator_load(y) * across(grown, ROWS)
-            y[...] = carried if D is None else carried + D * wide
+            y[...] = carried if skipped is None else carried + skipped
             plgpu.wgmma(y, x, refs.m_s.at[buffer])
             for k, end in enumerate(ends):
                 plgpu.wgmma(end, weighted, refs.B_s[1].at[slot, k])
