@@ -21,7 +21,7 @@ JAX_EXTRA = $(if $(shell command -v nvidia-smi),jax-cuda13,jax)
 CPU_ONLY = JAX_PLATFORMS=cpu TRITON_INTERPRET=1
 
 .DEFAULT_GOAL := help
-.PHONY: help parity test gates test-gpu lint wheel clean
+.PHONY: help parity test gates test-gpu test-browser lint wheel clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 18
@@ -35,13 +35,17 @@ parity: $(STAMP) ## the parity report, on the GPU or else through the interprete
 	$(PY) -m parity_tests $(ARGS)
 
 test: $(STAMP) ## the tests that need no GPU
-	$(CPU_ONLY) $(PY) -m pytest -m "not gpu and not gates" -n 2 $(ARGS)
+	$(CPU_ONLY) $(PY) -m pytest -m "not gpu and not gates and not browser" -n 2 $(ARGS)
 
 gates: $(STAMP) ## every table row compiles for its device (long)
 	$(PY) -m pytest -m gates $(ARGS)
 
 test-gpu: $(STAMP) ## the tests that need a GPU
 	$(PY) -m pytest -m gpu $(ARGS)
+
+test-browser: $(STAMP) ## the report page in Chromium
+	$(PY) -m pip install playwright
+	$(CPU_ONLY) $(PY) -m pytest -m browser $(ARGS)
 
 lint: $(STAMP) ## ruff and pyright
 	$(PY) -m ruff check .

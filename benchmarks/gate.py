@@ -51,8 +51,9 @@ def verdict(op: BenchOp, case: Case, found: Mapping[str, Error], slack: float = 
                 return f"{name}: expected a copy bit for bit, got relative error {error.relative:.3g}"
             continue
         # What an operator calls its state is no matter to the tolerances: whatever is not y is one.
-        output = name if name in OPERATORS[op.name].outputs else "state"
-        limit = max(tolerance(op.name, dtype) for dtype in OPERATORS[op.name].rounded_to(case, output))
+        operator = OPERATORS[op.operator]
+        output = name if name in operator.outputs else "state"
+        limit = max(tolerance(operator.name, dtype) for dtype in operator.rounded_to(case, output))
         relative, worst = slack * limit.relative, slack * limit.worst
         if not error.within(relative, worst):
             return (

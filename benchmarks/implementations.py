@@ -130,9 +130,7 @@ class TritonTwin(_TorchImplementation):
 
         named = {name: tensor for name, tensor in operands.tensors.items() if name not in op.positional}
         positional = [operands.tensors[name] for name in op.positional]
-        return functools.partial(
-            getattr(triton_ssm, op.name), *positional, **named, **operands.scalars, out=operands.out
-        )
+        return functools.partial(op.function(triton_ssm), *positional, **named, **operands.scalars, out=operands.out)
 
 
 class PeerImplementation(_TorchImplementation):
@@ -219,7 +217,7 @@ class JaxTwin:
         def call(*arrays: Any) -> Any:
             named = dict(zip(operands, arrays, strict=True))
             positional = [named.pop(name) for name in op.positional]
-            function = getattr(pallas_ssm, op.name)
+            function = op.function(pallas_ssm)
             return function(*positional, **named, **op.scalars(case), implementation=self.name)
 
         donated = [list(operands).index(name) for name in op.mutated_in(operands)]

@@ -2,11 +2,12 @@
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 
 from parity_tests.cases import Case
+from parity_tests.operators import OPERATORS
 from ssm_configs.spec import Knobs, OpSpec
 
 from .peers import Peer
@@ -46,7 +47,7 @@ def point_name(axis: str, size: int, line: str = "") -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class BenchOp:
-    """`spec.name` is the function's name in both packages."""
+    """`spec.name` is the function's name in both packages; a stage's is gdn_chunk_o for gdn.chunk_o."""
 
     spec: OpSpec
     positional: tuple[str, ...]
@@ -97,6 +98,14 @@ class BenchOp:
     @property
     def name(self) -> str:
         return self.spec.name
+
+    @property
+    def operator(self) -> str:
+        """Its name in the registry of operators, which is its path below the packages."""
+        return next(name for name, operator in OPERATORS.items() if operator.table == self.name)
+
+    def function(self, package: Any) -> Callable[..., Any]:
+        return OPERATORS[self.operator].function(package, {})
 
     def dtype_of(self, case: Case) -> str:
         return getattr(case, self.dtype_field)

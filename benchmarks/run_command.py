@@ -6,6 +6,7 @@ timed. Implementations take turns within a shape.
 
 import argparse
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -83,7 +84,7 @@ def run(op: BenchOp, arguments: argparse.Namespace, machine: Machine) -> int:
 
     cases = sweep(op, arguments.sweeps, arguments.sizes, arguments.dtypes)
     if not arguments.no_cases:
-        cases += select(op=op.name, tags=("standard",))
+        cases += select(op=op.operator, tags=("standard",))
     rows, failures = ceiling(machine), []
     path = (arguments.out or RESULTS / machine.target.table_name) / f"{op.name}.json"
     try:
@@ -145,8 +146,11 @@ def measure(
     """Appends to `rows` and, what went wrong in words, to `failures`."""
     storage = Storage(machine.device)
     labs = {name: Lab(op, one, machine.clock, storage) for name, one in implementations.items()}
-    for lab in labs.values():
-        lab.compile([(case, None) for case in cases if lab.implementation.takes(case)])
+    for name, lab in labs.items():
+        taken = [(case, None) for case in cases if lab.implementation.takes(case)]
+        start = time.perf_counter()
+        lab.compile(taken)
+        print(f"{name}: {len(taken)} cases compiled in {time.perf_counter() - start:.1f} s", flush=True)
     for case in tqdm(cases, unit="case", disable=None):
         errors: dict[str, float] = {}
         for name, lab in labs.items():

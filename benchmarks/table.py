@@ -16,6 +16,8 @@ COLUMNS = {
     "peer:vllm": "vLLM",
     "peer:mamba_ssm": "mamba_ssm",
     "peer:fla": "FLA",
+    "peer:flash_qla": "FlashQLA",
+    "peer:flashinfer": "FlashInfer",
 }
 
 
@@ -48,6 +50,27 @@ LINES = {
         Line("scan, 8192 tokens × 80 heads", "Mamba2-2.7B (H=80, G=1): T=8192", {}),
         Line("scan, 8192 tokens × 16 heads", "Nemotron-H-8B/TP8 (H=16, G=1): T=8192", {}),
     ),
+    "chunk_gated_delta_rule": (
+        Line("delta rule, 8192 tokens × 32 heads", "Qwen3-Next (H_k=16, H_v=32): T=8192", {}),
+        Line("delta rule, 32768 tokens × 32 heads", "Qwen3-Next (H_k=16, H_v=32): T=32768", {}),
+        Line("delta rule, 4 × 8192 tokens × 32 heads", "Qwen3-Next, four sequences of: T=8192", {}),
+        Line(
+            "delta rule, four packed and resumed sequences",
+            "Qwen3-Next, four packed and resumed sequences: T=8192",
+            {},
+        ),
+        Line("delta rule, 32768 tokens × 8 heads", "Qwen3.5-397B/TP8 (H_k=2, H_v=8): T=32768", {}),
+    ),
+    "gdn_chunk_o": (Line("its outputs alone, 8192 tokens × 32 heads", "Qwen3-Next (H_k=16, H_v=32): T=8192", {}),),
+    "fused_recurrent_gated_delta_rule": tuple(
+        Line(
+            f"delta rule's decode step, {batch} × 32 heads, {dtype} state",
+            f"Qwen3-Next (H_k=16, H_v=32): B={batch}",
+            {"state_dtype": dtype},
+        )
+        for dtype in ("float32", "bfloat16")
+        for batch in (64, 256)
+    ),
     "causal_conv1d": (
         Line("convolution, 8192 tokens × 10240 channels", "one sequence, D=10240: T=8192", {}),
         Line("the same, four packed sequences", "four packed sequences, D=10240: T=8192", {}),
@@ -57,6 +80,11 @@ LINES = {
         Line(f"convolution step, {batch} × 10240 channels", f"D=10240: B={batch}", {}) for batch in (64, 256, 1024)
     ),
 }
+
+_DELTA_RULE = """\
+Delta rule: K = V = 128, half as many key heads as value heads (8 value heads: 2), normalised keys, fp32 gates, final states;
+its decode step computes norms and gates itself.
+"""
 
 
 def table(device: str = "NVIDIA_H200") -> str:
@@ -80,15 +108,18 @@ def table(device: str = "NVIDIA_H200") -> str:
     keep = [0, *keep, len(header) - 1]
     rendered = "\n".join("| " + " | ".join(line[i] for i in keep) + " |" for line in lines)
     software = ", ".join(
-        f"{name} {versions[name]}" for name in ("torch", "triton", "jax", "vllm", "mamba_ssm") if name in versions
+        f"{name} {versions[name]}"
+        for name in ("torch", "triton", "jax", "vllm", "mamba_ssm", "flash_qla", "flashinfer")
+        if name in versions
     )
+    delta = _DELTA_RULE if any((RESULTS / device / f"{op}.json").exists() for op in LINES if "delta_rule" in op) else ""
     return (
         f"## Speed\n\nMicroseconds on one {device.replace('_', ' ')} (driver {versions['driver']}; {software}): device time, "
         "cold L2, median, random data,\neach operator in one process. Decode: headdim 64, dstate 128, 8 groups. Scan: the "
         "same sizes, from raw dt, with D and final states.\nConvolution: width 4, bias, SiLU, a pool of states. Activations "
         "are bf16. The copy moves the operator's minimum bytes at the\nmeasured copy bandwidth. FLA runs its packed form, "
-        "with the config that its own autotuner chose for the first shape it met.\nAll rows and plots are in "
-        f"`benchmarks/results/{device}`.\n\n{rendered}\n"
+        "with the config that its own autotuner chose for the first shape it met.\n"
+        f"{delta}All rows and plots are in `benchmarks/results/{device}`.\n\n{rendered}\n"
     )
 
 

@@ -9,34 +9,15 @@ A case is dimensions by the field's names, dtypes and options; `inputs.draw` tur
     no-mosaic a shape that the Mosaic GPU kernel declines; `pallas_ssm` serves it through XLA
 """
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
-from types import MappingProxyType
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
-
-@dataclass(frozen=True)
-class Case:
-    """`dims` by the names of the operator's docstring; `options` are keyword arguments and what shapes the draw."""
-
-    op: str
-    name: str
-    dims: Mapping[str, int]
-    dtype: str = "bfloat16"
-    state_dtype: str = "float32"
-    options: Mapping[str, Any] = field(default_factory=dict)
-    tags: frozenset[str] = frozenset()
-
-    def __post_init__(self):
-        object.__setattr__(self, "dims", MappingProxyType(dict(self.dims)))
-        object.__setattr__(self, "options", MappingProxyType(dict(self.options)))
-
-    def __str__(self) -> str:
-        dims = " ".join(f"{key}={value}" for key, value in self.dims.items())
-        return f"{self.name}: {dims} {self.dtype} state={self.state_dtype}"
-
-    def with_dims(self, **dims: int) -> "Case":
-        return replace(self, dims={**self.dims, **dims})
+from .case import Case as Case
+from .cases_gdn import GDN_MODELS as GDN_MODELS
+from .cases_gdn import GDN_STAGES as GDN_STAGES
+from .cases_gdn import GDNDims as GDNDims
+from .cases_gdn import gdn_cases
 
 
 @dataclass(frozen=True)
@@ -273,6 +254,7 @@ def _stage_cases() -> Iterator[Case]:
 
 CASES: tuple[Case, ...] = (
     *_decode_cases(), *_odd_cases(), *_large_cases(), *_conv_cases(), *_conv_update_cases(), *_scan_cases(), *_stage_cases(),
+    *gdn_cases(),
 )  # fmt: skip
 
 

@@ -2,20 +2,15 @@
 
 import itertools
 import zlib
-from collections.abc import Sequence
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
-from .cases import SSD_STAGES, Case
+from .cases import GDN_STAGES, SSD_STAGES, Case
+from .draws import DTYPES as DTYPES
+from .draws import bounds, slots
+from .inputs_gdn import chunk_gated_delta_rule, fused_recurrent_gated_delta_rule, gdn_stage
 from .oracle import ssd
-
-DTYPES = {
-    "float32": np.dtype(np.float32),
-    "bfloat16": np.dtype(ml_dtypes.bfloat16),
-    "float16": np.dtype(np.float16),
-}
 
 
 def draw(case: Case, seed: int = 0) -> tuple[tuple[np.ndarray, ...], dict[str, Any]]:
@@ -57,7 +52,7 @@ def _selective_state_update(case: Case, rng: np.random.Generator):
 
     keywords: dict[str, Any] = {"D": D, "z": z, "dt_bias": dt_bias, "dt_softplus": bool(options.get("dt_softplus"))}
     if options.get("slots") or spec:
-        keywords |= _slots(case, rng, n_seq, S, spec)
+        keywords |= slots(case, rng, n_seq, ("state_batch_indices", "dst_state_batch_indices"))
     if lengths is not None:
         keywords["cu_seqlens"] = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
     if spec:
@@ -74,37 +69,6 @@ def _selective_state_update(case: Case, rng: np.random.Generator):
                 keywords[key] = np.asarray(np.take(keywords[key], 0, axis=axis))
     # asarray, because ascontiguousarray would give a scalar A an axis
     return tuple(np.asarray(a, order="C") for a in arrays), {k: v for k, v in keywords.items() if v is not None}
-
-
-def _slots(case: Case, rng: np.random.Generator, n_seq: int, S: int, spec: int | None) -> dict[str, Any]:
-    shape = (n_seq,) if spec is None else (n_seq, spec)
-    count = n_seq * (spec or 1)
-    options, null = case.options, 1 if case.options.get("padding") else None
-    free = np.setdiff1d(np.arange(S), [] if null is None else [null])
-    if options.get("high_slots"):
-        free = free[-count:]
-    order = rng.permutation(free)
-    if len(order) < count * (2 if options.get("dst") and spec is None else 1):
-        raise ValueError(f"{case}: S={S} slots are too few")
-    source = order[:count].reshape(shape).astype(np.int32)
-    keywords: dict[str, Any] = {"state_batch_indices": source}
-    if options.get("dst"):
-        # Speculative decode moves states within a sequence's own slots; plain decode to slots nobody reads.
-        target = source[:, ::-1] if spec else order[count : 2 * count]
-        keywords["dst_state_batch_indices"] = np.ascontiguousarray(target.reshape(shape), np.int32)
-    if null is not None:
-        source[0] = -1
-        source[-1] = null
-        if options["padding"] == "all":
-            source[:] = -1
-        if options.get("dst") and n_seq > 2:
-            keywords["dst_state_batch_indices"].flat[shape[-1] if spec else 1] = null
-        keywords["null_slot"] = null
-    return keywords
-
-
-def _bounds(lengths: Sequence[int]) -> np.ndarray:
-    return np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
 
 
 def _conv_weight(case: Case, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray | None]:
@@ -139,7 +103,7 @@ def _causal_conv1d(case: Case, rng: np.random.Generator) -> tuple[tuple[np.ndarr
     n_seq = B if lengths is None else len(lengths)
     keywords: dict[str, Any] = {"bias": bias, "activation": options["activation"]}
     if lengths is not None:
-        keywords["cu_seqlens"] = _bounds(lengths)
+        keywords["cu_seqlens"] = bounds(lengths)
     if options.get("initial"):
         keywords["initial_state"] = normal(n_seq, W - 1, D)
     if options.get("pool"):
@@ -168,7 +132,7 @@ def _causal_conv1d_update(case: Case, rng: np.random.Generator) -> tuple[tuple[n
         padding = bool(options.get("padding"))
         keywords["conv_state_indices"], keywords["null_slot"] = _pool_slots(rng, S, B, padding)
     if lengths is not None:
-        keywords["cu_seqlens"] = _bounds(lengths)
+        keywords["cu_seqlens"] = bounds(lengths)
     if options.get("spec"):
         keywords["num_accepted_tokens"] = np.resize([0, L + 2, 1, 2], B).astype(np.int32)
     return (normal(T, D), normal(S, L, D), weight), {k: v for k, v in keywords.items() if v is not None}
@@ -206,7 +170,7 @@ def _mamba_chunk_scan_combined(case: Case, rng: np.random.Generator) -> tuple[tu
     lengths = options.get("lengths")
     if lengths is not None and sum(lengths) + options.get("tail", 0) != T:
         raise ValueError(f"{case}: the lengths and the tail add up to {sum(lengths) + options.get('tail', 0)}")
-    cu_seqlens = None if lengths is None else _bounds(lengths)
+    cu_seqlens = None if lengths is None else bounds(lengths)
     n_seq = B if lengths is None else len(lengths)
     x, B_, C = normal(B, T, H, P), normal(B, T, G, N), normal(B, T, G, N)
     if options.get("poison"):
@@ -262,4 +226,7 @@ _DRAW = {
     "causal_conv1d_update": _causal_conv1d_update,
     "mamba_chunk_scan_combined": _mamba_chunk_scan_combined,
     **dict.fromkeys(SSD_STAGES, _ssd_stage),
+    "chunk_gated_delta_rule": chunk_gated_delta_rule,
+    "fused_recurrent_gated_delta_rule": fused_recurrent_gated_delta_rule,
+    **dict.fromkeys(GDN_STAGES, gdn_stage),
 }

@@ -14,7 +14,7 @@ Results = dict[str, Any]
 Sizes = Callable[[Case], tuple[int, dict[str, int]]]
 
 # How a state is stored and how products are rounded is the tolerance's matter, not the definition's.
-_UNDEFINED = ("rounding_seed", "state_dtype", "precision", "return_final_states")
+_UNDEFINED = ("rounding_seed", "state_dtype", "precision", "return_final_states", "return_final_state")
 
 
 def _stored(case: Case, output: str) -> tuple[str, ...]:
@@ -39,6 +39,27 @@ def _passed(case: Case, output: str) -> tuple[str, ...]:
     return (case.state_dtype,)
 
 
+def _of_inputs(case: Case, output: str) -> tuple[str, ...]:
+    """Operands of products are of the inputs' dtype, whatever is stored."""
+    del output
+    return (case.dtype,)
+
+
+def _normalised(case: Case, output: str) -> tuple[str, ...]:
+    """As stored, but normalised keys are rounded to their own dtype, and with them what a state takes up."""
+    stored = _stored(case, output)
+    return (*stored, case.dtype) if case.options.get("l2norm") else stored
+
+
+def _chained(case: Case, output: str) -> tuple[str, ...]:
+    """Rounded to k's dtype at every stage. The last states have a limit of their own, and so has o of keys that resemble
+    each other."""
+    if output != "y":
+        return (f"{case.dtype}, state",)
+    hard = case.options.get("resembling") and case.dtype != "float32"
+    return (f"{case.dtype}, resembling" if hard else case.dtype,)
+
+
 @dataclass(frozen=True)
 class Operator:
     name: str
@@ -52,7 +73,7 @@ class Operator:
     exact_state: bool = False
     """Whether the state is a copy of inputs, bit for bit."""
     rounded_to: Callable[[Case, str], tuple[str, ...]] = _stored
-    """The dtypes that a result has been rounded to on its way; its tolerance is the widest of theirs."""
+    """The dtypes (or other keys of the tolerances) that a result has been rounded to on its way; the widest is its limit."""
 
     table_dtype: Callable[[Case], str] = lambda case: case.dtype
     """The dtype that its tables go by."""
@@ -83,8 +104,7 @@ class Operator:
 
 
 def _decode_sizes(case: Case) -> tuple[int, dict[str, int]]:
-    sequences = len(case.options["lengths"]) if "lengths" in case.options else case.dims["B"]
-    return sequences * case.dims["H"], {"headdim": case.dims["P"], "dstate": case.dims["N"]}
+    return _sequences(case) * case.dims["H"], {"headdim": case.dims["P"], "dstate": case.dims["N"]}
 
 
 def _conv_sizes(case: Case) -> tuple[int, dict[str, int]]:
@@ -100,7 +120,7 @@ def _scan_sizes(case: Case) -> tuple[int, dict[str, int]]:
     return case.dims["B"] * case.dims["T"], {"nheads": H, "headdim": P, "dstate": N}
 
 
-_STATIC_NAMES = {"H": "nheads", "P": "headdim", "N": "dstate", "L": "chunk_size"}
+_STATIC_NAMES = {"H": "nheads", "P": "headdim", "N": "dstate", "L": "chunk_size", "K": "K", "V": "V"}
 
 
 def _stage_sizes(per_token: str, statics: str) -> Sizes:
@@ -113,9 +133,20 @@ def _stage_sizes(per_token: str, statics: str) -> Sizes:
     return sizes
 
 
+def _delta_sizes(case: Case) -> tuple[int, dict[str, int]]:
+    return _sequences(case) * case.dims["H_v"], {"K": case.dims["K"], "V": case.dims["V"], "chunk_size": case.dims["L"]}
+
+
+def _recurrent_sizes(case: Case) -> tuple[int, dict[str, int]]:
+    return _sequences(case) * case.dims["H_v"], {"K": case.dims["K"], "V": case.dims["V"]}
+
+
+def _sequences(case: Case) -> int:
+    return len(case.options["lengths"]) if "lengths" in case.options else case.dims["B"]
+
+
 def _passing_sizes(case: Case) -> tuple[int, dict[str, int]]:
-    n_seq = len(case.options["lengths"]) if "lengths" in case.options else case.dims["B"]
-    return n_seq * case.dims["H"], {"headdim": case.dims["P"], "dstate": case.dims["N"]}
+    return _sequences(case) * case.dims["H"], {"headdim": case.dims["P"], "dstate": case.dims["N"]}
 
 
 OPERATORS = {
@@ -138,16 +169,49 @@ OPERATORS = {
         Operator(
             "mamba_chunk_scan_combined", _scan_sizes, outputs=("y", "final", "intermediate"), rounded_to=_computed
         ),
+        Operator(
+            "gdn.chunk_local_cumsum",
+            _stage_sizes("H_v", "L"),
+            outputs=("g",),
+            rounded_to=_fp32,
+            table_dtype=lambda case: "float32",
+        ),
+        Operator("gdn.chunk_scaled_dot_kkt", _stage_sizes("H_v", "KL"), outputs=("A",), rounded_to=_fp32),
+        Operator(
+            "gdn.solve_tril",
+            _stage_sizes("H_v", "L"),
+            outputs=("inverse",),
+            rounded_to=_fp32,
+            table_dtype=lambda case: "float32",
+        ),
+        Operator("gdn.recompute_w_u", _stage_sizes("H_v", "KVL"), outputs=("w", "u"), rounded_to=_of_inputs),
+        Operator("gdn.chunk_delta_h", _delta_sizes, outputs=("h", "v_new", "final"), rounded_to=_of_inputs),
+        Operator("gdn.chunk_o", _stage_sizes("H_v", "KVL"), outputs=("y",), rounded_to=_of_inputs),
+        Operator("chunk_gated_delta_rule", _delta_sizes, outputs=("y", "final"), rounded_to=_chained),
+        Operator(
+            "fused_recurrent_gated_delta_rule",
+            _recurrent_sizes,
+            mutated=5,
+            rounded_to=_normalised,
+            table_dtype=lambda case: case.state_dtype,
+        ),
     )
 }
 
 
 def oracle_results(case: Case, arguments: tuple[np.ndarray, ...], keywords: Mapping[str, Any]) -> Results:
     from . import oracle
+    from .oracle import gdn
 
     operator = OPERATORS[case.op]
     defined = {name: value for name, value in keywords.items() if name not in _UNDEFINED}
-    function = operator.function(oracle, keywords)
-    if case.op == "mamba_chunk_scan_combined" and case.dims["T"] > 256:
-        function = oracle.mamba_chunk_scan_by_stages
+    # The gated delta rule's definitions are all in one module, the public ones too.
+    function = getattr(gdn, case.op, None) or operator.function(oracle, keywords)
+    # Token by token many tokens would take too long.
+    if case.dims.get("T", 0) > 256:
+        by_stages = {
+            "mamba_chunk_scan_combined": oracle.mamba_chunk_scan_by_stages,
+            "chunk_gated_delta_rule": gdn.chunk_gated_delta_rule_by_stages,
+        }
+        function = by_stages.get(case.op, function)
     return operator.named(function(*arguments, **defined))

@@ -12,6 +12,12 @@ NAMES = {
     "causal_conv1d": ("width 6, packed", "pool, padding and null slot", "split, chunk-aligned, pool"),
     "causal_conv1d_update": ("padding and null slot", "speculative, padding, short pool", "width 5"),
     "mamba_chunk_scan_combined": ("dense", "packed, everything", "packed, aligned, slow decay", "fp32, packed, everything"),
+    "gdn.chunk_o": ("packed", "gates in powers of two, states [V,K]"),
+    "gdn.recompute_w_u": ("packed", "no gate, chunks of 32"),
+    "chunk_gated_delta_rule": ("packed, everything", "fp32, packed, everything", "K=60 V=100"),
+    "fused_recurrent_gated_delta_rule": (
+        "K=60 V=100, bf16 state", "packed, padding and destination slots", "speculative, 16-bit states, padding",
+    ),
 }  # fmt: skip
 
 

@@ -46,6 +46,14 @@ NAMES = {
     "mamba_chunk_scan_combined": (
         "packed, everything", "packed, aligned, slow decay", "every chunk's state, 16-bit", "fp32, packed, everything",
     ),
+    "gdn.chunk_o": ("packed", "gates in powers of two, states [V,K]"),
+    "gdn.chunk_delta_h": ("dense", "no gate, chunks of 32"),  # packed, slots without a chunk hold what was there
+    "chunk_gated_delta_rule": (
+        "packed, everything", "packed, fp16 states, gates and beta", "fp32, packed, everything", "K=60 V=100",
+    ),
+    "fused_recurrent_gated_delta_rule": (
+        "as a model calls it", "packed, zero lengths, padded tail", "speculative, 16-bit states, padding",
+    ),
 }  # fmt: skip
 CAPTURED = [case for case in select(tags=("odd",)) if case.name in NAMES.get(case.op, ())]
 
@@ -114,20 +122,35 @@ def test_repeats_give_the_same_bits(case, twins):
         assert all(first[key].tobytes() == again[key].tobytes() for key in first), name
 
 
-@pytest.mark.timeout(900)
-@pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
-def test_compute_sanitizer(tool):
+# Warp-specialised Gluon kernels, of which racecheck reports what is none: see `racecheck_witness`.
+UNWATCHED = {"memcheck": (), "racecheck": ("--kernel-name-exclude", "kernel_substring=hopper")}
+
+
+def _sanitized(tool: str, module: str) -> "subprocess.CompletedProcess[str]":
     sanitizer = shutil.which("compute-sanitizer")
     if sanitizer is None:
         pytest.skip("compute-sanitizer is not installed")
     done = subprocess.run(
-        [sanitizer, "--tool", tool, "--error-exitcode", "99", sys.executable, "-m", "parity_tests.sanitize"],
+        [sanitizer, "--tool", tool, *UNWATCHED[tool], "--error-exitcode", "99", sys.executable, "-m", module],
         capture_output=True, text=True, env=os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
     )  # fmt: skip
     if "Device not supported" in done.stdout + done.stderr:
         pytest.skip("compute-sanitizer does not support this machine")
+    return done
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("tool", UNWATCHED)
+def test_compute_sanitizer(tool):
+    done = _sanitized(tool, "parity_tests.sanitize")
     assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
     assert "0 errors" in done.stdout + done.stderr or "ERROR SUMMARY: 0" in done.stdout + done.stderr
+
+
+def test_racecheck_still_misjudges_a_warp_that_arrives_as_one():
+    """Once it does not, the Gluon kernels can be watched too."""
+    done = _sanitized("racecheck", "parity_tests.racecheck_witness")
+    assert done.returncode == 99 and "racecheck_witness_kernel" in done.stdout, (done.stdout + done.stderr)[-3000:]
 
 
 def test_a_strided_out_gets_a_kernel_of_its_own():

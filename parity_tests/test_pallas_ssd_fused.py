@@ -218,6 +218,7 @@ def test_a_launch_is_a_static_argument():
     assert _fused.plan(static_of(N=256), H200, CONFIG).num_stages == 2
 
 
+@settings(deadline=None)
 @given(lengths=st.lists(st.integers(0, 400), min_size=1, max_size=6), tail=st.integers(0, 100), piece=st.integers(1, 8))
 def test_every_piece_has_a_slot_of_its_own(lengths: list[int], tail: int, piece: int):
     T = sum(lengths) + tail

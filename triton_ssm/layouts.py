@@ -9,6 +9,9 @@ Convolution: a state pool is [S,L,D] here, a slot's first W - 1 rows being its h
 mamba_ssm keep [S,D,state_len] with the newest input last and state_len >= W - 1, often W. Weights are [D,W] in all of them
 and [D,1,W] in a torch Conv1d.
 
+Gated delta rule: states are [S,H_v,K,V] here and in FLA, and [S,H_v,V,K] in FLA with state_v_first, vLLM and FlashInfer. vLLM
+takes slot 0 for padding, too: null_slot=0 says so here. Its decode reads q, k and v from one projection, in this order.
+
 Chunk-aligned rows, which `causal_conv1d_split` writes and `mamba_chunk_scan_combined` takes: every sequence begins at a
 multiple of the chunk size L, dense in T padded to one, packed at row L·(cu_seqlens[n] // L + n) of L·(T // L + N_seq).
 """
@@ -124,6 +127,66 @@ def conv_weight_from_conv1d(weight: torch.Tensor) -> torch.Tensor:
     if weight.ndim != 3 or weight.shape[1] != 1:
         raise ValueError(f"weight: expected shape (D, 1, W), got {tuple(weight.shape)}")
     return weight[:, 0]
+
+
+class QKV(NamedTuple):
+    """q, k [T,H_k,K] and v [T,H_v,V]."""
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+
+
+def gdn_state_from_vllm(state: torch.Tensor) -> torch.Tensor:
+    """[…,V,K] to […,K,V]: a view, which `fused_recurrent_gated_delta_rule` updates in place."""
+    return state.transpose(-1, -2)
+
+
+def gdn_state_to_vllm(state: torch.Tensor) -> torch.Tensor:
+    """[…,K,V] to […,V,K], a view."""
+    return state.transpose(-1, -2)
+
+
+def gdn_state_from_fla(state: torch.Tensor, *, state_v_first: bool = False) -> torch.Tensor:
+    """[…,V,K] to […,K,V] where FLA was told state_v_first; else its states are as they are here."""
+    return state.transpose(-1, -2) if state_v_first else state
+
+
+def gdn_state_to_fla(state: torch.Tensor, *, state_v_first: bool = False) -> torch.Tensor:
+    """[…,K,V] to […,V,K] where FLA is told state_v_first; else as it is."""
+    return state.transpose(-1, -2) if state_v_first else state
+
+
+def gdn_state_from_flashinfer(state: torch.Tensor) -> torch.Tensor:
+    """[…,V,K] to […,K,V], a view."""
+    return state.transpose(-1, -2)
+
+
+def gdn_state_to_flashinfer(state: torch.Tensor) -> torch.Tensor:
+    """[…,K,V] to […,V,K], a view."""
+    return state.transpose(-1, -2)
+
+
+def gdn_qkv_from_vllm(mixed_qkv: torch.Tensor, *, key_heads: int, key_dim: int, value_dim: int) -> QKV:
+    """[…,2·H_k·K + H_v·V], the convolution's output, to q, k and v: views, which the operators here read as they lie."""
+    keys = key_heads * key_dim
+    values = mixed_qkv.shape[-1] - 2 * keys
+    if min(key_heads, key_dim, value_dim) < 1 or values < value_dim or values % value_dim:
+        raise ValueError(
+            f"mixed_qkv: expected 2·{key_heads}·{key_dim} elements a token and a multiple of value_dim={value_dim} more, "
+            f"got shape {tuple(mixed_qkv.shape)}"
+        )
+    lead = mixed_qkv.shape[:-1]
+    return QKV(
+        mixed_qkv[..., :keys].reshape(*lead, key_heads, key_dim),
+        mixed_qkv[..., keys : 2 * keys].reshape(*lead, key_heads, key_dim),
+        mixed_qkv[..., 2 * keys :].reshape(*lead, values // value_dim, value_dim),
+    )
+
+
+def gdn_qkv_to_vllm(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """q, k [T,H_k,K] and v [T,H_v,V] side by side, [T,2·H_k·K + H_v·V]."""
+    return torch.cat([part.reshape(*part.shape[:-2], -1) for part in (q, k, v)], dim=-1)
 
 
 def to_chunk_aligned(tensor: torch.Tensor, *, chunk_size: int, cu_seqlens: torch.Tensor | None = None) -> torch.Tensor:

@@ -33,8 +33,10 @@ def product(equation: str, left: jax.Array, right: jax.Array, precision: str, dt
 
 
 def l2norm(tensor: jax.Array) -> jax.Array:
-    x = tensor.astype(jnp.float32)
-    return (x * lax.rsqrt(jnp.sum(x * x, axis=-1, keepdims=True) + _EPS)).astype(tensor.dtype)
+    x, kept = tensor.astype(jnp.float32), jnp.finfo(tensor.dtype)
+    x = x * lax.rsqrt(jnp.sum(x * x, axis=-1, keepdims=True) + _EPS)
+    # XLA may leave out a conversion there and back; this it may not.
+    return lax.reduce_precision(x, kept.nexp, kept.nmant).astype(tensor.dtype)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,111 @@
+"""`python -m benchmarks host`: what a call costs the host, apart from what the device does.
+
+Microseconds from the call to its return, the median, with nobody waiting for the device: for torch the operator itself, for JAX
+the dispatch of the operator under `jax.jit`.
+"""
+
+import argparse
+import functools
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from parity_tests.cases import Case, select
+
+from . import environment, peers, results
+from .implementations import OWN, Implementation, JaxOperands, PeerImplementation, TorchOperands
+from .machine import Machine, this_machine
+from .op import BenchOp, Storage, draw
+from .ops import OPS
+from .run_command import RESULTS
+from .start_command import add_choices, case_of, check_choices
+from .timing import Call, host_us
+
+
+@dataclass(frozen=True)
+class HostRow:
+    op: str
+    implementation: str
+    case: str
+    us: float
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_choices(parser, __doc__)
+    parser.add_argument("--calls", type=int, default=500, metavar="N", help="of each (default: 500)")
+    parser.add_argument("--all-cases", action="store_true", help="every model's shape, not only the first")
+
+
+def validate(arguments: argparse.Namespace) -> None:
+    check_choices(arguments)
+    if arguments.calls < 1:
+        raise ValueError(f"--calls: expected at least 1, got {arguments.calls}")
+
+
+def main(arguments: argparse.Namespace) -> int:
+    machine = this_machine("events")
+    rows, failures, versions = [], [], environment.versions()
+    for name in arguments.ops:
+        op = OPS[name]
+        present, missing = peers.find(op.peers)
+        for peer, reason in missing.items():
+            print(f"{name}: {peer.implementation} is missing: {reason}")
+        versions |= {peer.name: peer.version() for peer in present}
+        implementations: dict[str, Implementation] = {own: make(machine.device) for own, make in OWN.items()}
+        for peer, function in present.items():
+            implementations[peer.implementation] = PeerImplementation(machine.device, peer, function)
+        cases = (select(op=name, tags=("standard",)) if arguments.all_cases else []) or [case_of(op)]
+        for label, implementation in implementations.items():
+            if arguments.implementations and label not in arguments.implementations:
+                continue
+            for case in (case for case in cases if implementation.takes(case)):
+                try:
+                    rows.append(measure(op, case, implementation, machine, arguments.calls))
+                except NotImplementedError as error:
+                    print(f"{name}: {label} is left out: {error}")
+                except Exception as error:
+                    failures.append(f"{name}, {label}, {case}: {type(error).__name__}: {error}")
+    path = (arguments.out or RESULTS / machine.target.table_name) / "host.json"
+    made: Any = rows
+    results.write(path, "host", machine.target.table_name, versions, environment.command(), made)
+    print(path)
+    for failure in failures:
+        print(f"FAILED {failure}", file=sys.stderr)
+    return 1 if failures else 0
+
+
+def measure(op: BenchOp, case: Case, implementation: Implementation, machine: Machine, calls: int) -> HostRow:
+    storage = Storage(machine.device)
+    initial = draw(op, case, storage)
+    if implementation.framework == "jax":
+        call = jitted_call(op, case, implementation.name, JaxOperands(op, initial))
+    else:
+        call = implementation.bind(op, TorchOperands(op, case, initial, storage), None, None)
+    for _ in range(3):  # compiles, then settles
+        call.issue()
+        call.wait()
+    return HostRow(op.name, implementation.name, case.name, host_us(call, calls))
+
+
+def jitted_call(op: BenchOp, case: Case, implementation: str, operands: JaxOperands) -> Call:
+    """As `JaxTwin` calls it, but by `jax.jit` and not by a program compiled ahead, whose dispatch is another."""
+    import jax
+
+    import pallas_ssm
+
+    names = tuple(operands.arrays)
+    function: Callable[..., Any] = functools.partial(getattr(pallas_ssm, op.name), **op.scalars(case))
+
+    def positional(*arrays: Any) -> Any:
+        named = dict(zip(names, arrays, strict=True))
+        first = [named.pop(name) for name in op.positional]
+        return function(*first, **named, implementation=implementation)
+
+    donated = [names.index(name) for name in op.mutated_in(names)]
+    program = jax.jit(positional, donate_argnums=donated)
+
+    def issue() -> None:
+        operands.keep(program(*(operands.arrays[name] for name in names)))
+
+    return Call(implementation, "jax", issue, operands.wait)

@@ -1,0 +1,146 @@
+"""The committed results of one device: what is there, and what is not.
+
+    <op>.json       `python -m benchmarks run <op>`; `results.py` has its schema
+    start.json      `python -m benchmarks start`; rows {"op", "implementation" (or "package"), "phase", "seconds"}, with the
+                    phases "import", "cold" (empty caches) and "warm" (caches filled), "compiles" where they were counted,
+                    and "case"
+    host.json       `python -m benchmarks host`; rows {"op", "implementation", "us"}: host time of one call, and "case"
+    transfer.json   `python -m benchmarks transfer <op>`; `benchmarks/transfer.py` has its schema
+    tuning/         the logs of `python -m benchmarks tune`
+
+start.json and host.json have the head of every result file: device, versions, date, command.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .. import results
+from ..ops import OPS
+from ..results import Row
+from .blocks import Source
+
+OPERATORS = (
+    "selective_state_update",
+    "causal_conv1d",
+    "causal_conv1d_update",
+    "mamba_chunk_scan_combined",
+    "chunk_gated_delta_rule",
+    "fused_recurrent_gated_delta_rule",
+)
+"""What a model calls. Any other operator with a result file comes after these."""
+
+_OTHERS = ("start", "host", "transfer")
+_HEAD = ("versions", "date", "command")
+_PHASES = ("import", "cold", "warm")
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One file."""
+
+    source: Source
+    rows: Sequence[Any]
+
+
+@dataclass(frozen=True)
+class Results:
+    device: str
+    """In the words of the tables: NVIDIA_H200."""
+    folder: Path
+    ops: Mapping[str, Measured]
+    """Rows are `results.Row`s."""
+    start: Measured | None
+    host: Measured | None
+    transfer: Mapping[str, Measured]
+    """By operator."""
+
+    @property
+    def missing(self) -> list[tuple[str, str | None]]:
+        """(file, the command that writes it, or None where there is none yet)"""
+        found: list[tuple[str, str | None]] = [
+            (f"{op}.json", f"python -m benchmarks run {op}" if op in OPS else None)
+            for op in OPERATORS
+            if op not in self.ops
+        ]
+        if self.start is None:
+            found.append(("start.json", "python -m benchmarks start"))
+        if self.host is None:
+            found.append(("host.json", "python -m benchmarks host"))
+        untransferred = [op for op in OPS if op in self.ops and op not in self.transfer]
+        return found + [(f"transfer.json, {op}", f"python -m benchmarks transfer {op}") for op in untransferred]
+
+
+def load(folder: Path) -> Results:
+    """ValueError where a file is not what it must be, with its name; OSError where it cannot be read."""
+    device = folder.name
+    present = {path.stem: path for path in sorted(folder.glob("*.json")) if path.stem not in _OTHERS}
+    order = [op for op in OPERATORS if op in present] + [op for op in present if op not in OPERATORS]
+    if not order:
+        raise ValueError(f"{folder}: expected result files of `python -m benchmarks run`, got none")
+    return Results(
+        device,
+        folder,
+        {op: _operator(present[op], device) for op in order},
+        _rows(folder / "start.json", device, {"op": str, "phase": str, "seconds": float}),
+        _rows(folder / "host.json", device, {"op": str, "us": float}),
+        _transfer(folder / "transfer.json", device),
+    )
+
+
+def _operator(path: Path, device: str) -> Measured:
+    try:
+        head, rows = results.read(path)
+        source = Source.of(path, head, device)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: is no result file of `run`: {error!r}") from error
+    return Measured(source, rows)
+
+
+def _rows(path: Path, device: str, fields: Mapping[str, type]) -> Measured | None:
+    if not path.exists():
+        return None
+    data = _object(path)
+    _expect(path, data, (*_HEAD, "rows"))
+    rows = []
+    for row in data["rows"]:
+        row = {"implementation": row.get("package"), **row}
+        for key, kind in {**fields, "implementation": str}.items():
+            value = row.get(key)
+            if not isinstance(value, (int, float) if kind is float else kind) or isinstance(value, bool):
+                raise ValueError(f"{path}: {key}: expected {kind.__name__}, got {value!r} in {row}")
+        if "phase" in fields and row["phase"] not in _PHASES:
+            raise ValueError(f"{path}: phase: expected one of {_PHASES}, got {row['phase']!r}")
+        rows.append(row)
+    return Measured(Source.of(path, data, device), rows)
+
+
+def _transfer(path: Path, device: str) -> dict[str, Measured]:
+    from .. import transfer
+
+    if not path.exists():
+        return {}
+    runs = transfer.read(path)
+    return {op: Measured(Source.of(path, head, device), rows) for op, (head, rows) in runs.items()}
+
+
+def _object(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: is no JSON: {error}") from error
+    if not isinstance(data, dict):
+        raise ValueError(f"{path}: expected an object, got {type(data).__name__}")
+    return data
+
+
+def _expect(path: Path, data: Mapping[str, Any], keys: Sequence[str]) -> None:
+    if absent := [key for key in keys if key not in data]:
+        raise ValueError(f"{path}: expected the keys {', '.join(keys)}, without {', '.join(absent)}")
+
+
+def implementations(rows: Sequence[Row]) -> list[str]:
+    """In the order of the file, without the ceiling."""
+    return [name for name in dict.fromkeys(row.implementation for row in rows) if name != results.CEILING]

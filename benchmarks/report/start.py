@@ -1,0 +1,82 @@
+"""Cold and warm start, compile counts, and what a call costs the host."""
+
+import statistics
+from collections.abc import Sequence
+
+from ..plot import name_of
+from .blocks import Column, Section, Table
+from .sources import Measured, Results, implementations
+
+_PHASES = {
+    "import": "importing the package",
+    "cold": "first call, empty caches",
+    "warm": "first call, caches filled",
+}
+
+
+def sections(results: Results) -> list[Section]:
+    return [section for section in (_start(results.start), _host(results)) if section is not None]
+
+
+def _start(measured: Measured | None) -> Section | None:
+    if measured is None:
+        return None
+    said = "Seconds in a fresh process: of the import, then from the first call to its result. Medians over repeats."
+    made = Section("start", "Cold and warm start", [said])
+    counted = any("compiles" in row for row in measured.rows)
+    lines = []
+    for op, name in dict.fromkeys((row["op"], row["implementation"]) for row in measured.rows):
+        own = [row for row in measured.rows if (row["op"], row["implementation"]) == (op, name)]
+        cells = []
+        for phase in _PHASES:
+            seconds = [row["seconds"] for row in own if row["phase"] == phase]
+            cells.append(f"{statistics.median(seconds):.2f}" if seconds else "")
+        if counted:
+            seen = [f"{row['phase']} {row['compiles']}" for row in own if row.get("compiles") is not None]
+            cells.append(", ".join(dict.fromkeys(seen)))
+        lines.append([op, name_of(name), *cells, ", ".join(dict.fromkeys(row.get("case", "") for row in own))])
+    columns = [
+        Column("operator", "text"),
+        Column("implementation", "text"),
+        *(Column(text) for text in _PHASES.values()),
+    ]
+    if counted:
+        columns.append(Column("kernels compiled", "text"))
+    columns.append(Column("case", "text"))
+    made.blocks.append(Table("Seconds to the first result", columns, lines, (measured.source,)))
+    return made
+
+
+def _host(results: Results) -> Section | None:
+    made = Section(
+        "host", "Launch overhead", ["Host time of one call: what it takes to launch, without waiting for the device."]
+    )
+    if results.host is not None:
+        made.blocks.append(_hosts(results.host))
+    for op, measured in results.ops.items():
+        if table := _from_run(op, measured):
+            made.blocks.append(table)
+    return made if made.blocks else None
+
+
+def _hosts(measured: Measured) -> Table:
+    lines = [
+        [row["op"], name_of(row["implementation"]), row.get("case", ""), f"{row['us']:.1f}"] for row in measured.rows
+    ]
+    columns = [Column("operator", "text"), Column("implementation", "text"), Column("case", "text"), Column("µs")]
+    return Table("Host time of one call, µs", columns, lines, (measured.source,))
+
+
+def _from_run(op: str, measured: Measured) -> Table | None:
+    """What `run` saw on its way: over all shapes, for a launch does not depend on them."""
+    lines = []
+    for name in implementations(measured.rows):
+        times: Sequence[float] = [row.host_us for row in measured.rows if row.implementation == name and row.host_us]
+        if times:
+            lines.append(
+                [name_of(name), *(f"{pick(times):.1f}" for pick in (min, statistics.median, max)), str(len(times))]
+            )
+    if not lines:
+        return None
+    columns = [Column("implementation", "text"), Column("least"), Column("median"), Column("most"), Column("shapes")]
+    return Table(f"{op}, host time of one call over all shapes, µs", columns, lines, (measured.source,))
