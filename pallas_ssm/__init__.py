@@ -1,6 +1,7 @@
 """JAX state-space operators: Mosaic GPU kernels with an XLA form beside each; the twin of `triton_ssm`."""
 
 from ssm_configs import override as override
+from ssm_configs.model_dims import ModelDims as ModelDims
 
 from . import gdn as gdn
 from . import layouts as layouts
@@ -15,9 +16,14 @@ from .gdn import chunk_gated_delta_rule as chunk_gated_delta_rule
 from .gdn import fused_recurrent_gated_delta_rule as fused_recurrent_gated_delta_rule
 from .selective_state_update import selective_state_update as selective_state_update
 from .ssd import mamba_chunk_scan_combined as mamba_chunk_scan_combined
+from .warmup import buckets as buckets
+from .warmup import jitted as jitted
+from .warmup import warmup as warmup
 
 __all__ = [
+    "ModelDims",
     "bucket",
+    "buckets",
     "causal_conv1d",
     "causal_conv1d_split",
     "causal_conv1d_update",
@@ -26,9 +32,11 @@ __all__ = [
     "forbid_compiles",
     "fused_recurrent_gated_delta_rule",
     "gdn",
+    "jitted",
     "layouts",
     "mamba_chunk_scan_combined",
     "override",
     "selective_state_update",
     "ssd",
+    "warmup",
 ]

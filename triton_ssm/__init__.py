@@ -1,6 +1,7 @@
 """Mamba-2 operators for PyTorch in Triton; the twin of `pallas_ssm`, function by function."""
 
 from ssm_configs import override as override
+from ssm_configs.model_dims import ModelDims as ModelDims
 
 from . import gdn as gdn
 from . import layouts as layouts
@@ -14,8 +15,10 @@ from .gdn import chunk_gated_delta_rule as chunk_gated_delta_rule
 from .gdn import fused_recurrent_gated_delta_rule as fused_recurrent_gated_delta_rule
 from .selective_state_update import selective_state_update as selective_state_update
 from .ssd import mamba_chunk_scan_combined as mamba_chunk_scan_combined
+from .warmup import warmup as warmup
 
 __all__ = [
+    "ModelDims",
     "causal_conv1d",
     "causal_conv1d_split",
     "causal_conv1d_update",
@@ -29,4 +32,5 @@ __all__ = [
     "override",
     "selective_state_update",
     "ssd",
+    "warmup",
 ]

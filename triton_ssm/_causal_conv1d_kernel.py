@@ -49,8 +49,12 @@ def _input(
     return x
 
 
-# Sizes that change from call to call must not key a compile: neither their divisibility nor their being 1.
-@triton.jit(do_not_specialize=["n_tokens", "n_sequences", "n_slots", "null_slot", "out_rows", "x_batch_stride"])
+# Sizes that change from call to call must not key a compile: neither their divisibility nor their being 1; nor where
+# an index array begins, which may be a slice of the batch's.
+@triton.jit(
+    do_not_specialize=["n_tokens", "n_sequences", "n_slots", "null_slot", "out_rows", "x_batch_stride"],
+    do_not_specialize_on_alignment=["cu_seqlens_ptr", "slots_ptr", "has_history_ptr"],
+)
 def causal_conv1d_kernel(
     x_ptr, weight_ptr, bias_ptr, y0_ptr, y1_ptr, y2_ptr, y3_ptr,
     cu_seqlens_ptr, history_ptr, final_ptr, slots_ptr, has_history_ptr,

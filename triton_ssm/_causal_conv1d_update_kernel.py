@@ -13,8 +13,12 @@ import triton.language as tl
 from ._causal_conv1d_window import convolve, load_taps
 
 
-# Sizes that change from call to call must not key a compile: neither their divisibility nor their being 1.
-@triton.jit(do_not_specialize=["n_tokens", "n_sequences", "n_slots", "null_slot"])
+# Sizes that change from call to call must not key a compile: neither their divisibility nor their being 1; nor where
+# an index array begins, which may be a slice of the batch's.
+@triton.jit(
+    do_not_specialize=["n_tokens", "n_sequences", "n_slots", "null_slot"],
+    do_not_specialize_on_alignment=["slots_ptr", "cu_seqlens_ptr", "accepted_ptr"],
+)
 def causal_conv1d_update_kernel(
     x_ptr, state_ptr, weight_ptr, bias_ptr, y_ptr, slots_ptr, cu_seqlens_ptr, accepted_ptr,
     n_tokens, n_sequences, n_slots, null_slot, x_stride, y_stride, slot_stride, row_stride,

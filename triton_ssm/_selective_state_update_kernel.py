@@ -83,8 +83,12 @@ def _is_slot(slot, null_slot, n_slots):
     return (slot >= 0) & (slot != null_slot) & (slot < n_slots)
 
 
-# Sizes that change from call to call must not key a compile: neither their divisibility nor their being 1.
-@triton.jit(do_not_specialize=["n_tokens", "n_sequences", "n_slots", "null_slot"])
+# Sizes that change from call to call must not key a compile: neither their divisibility nor their being 1; nor where
+# an index array begins, which may be a slice of the batch's.
+@triton.jit(
+    do_not_specialize=["n_tokens", "n_sequences", "n_slots", "null_slot"],
+    do_not_specialize_on_alignment=["source_ptr", "target_ptr", "cu_seqlens_ptr", "accepted_ptr"],
+)
 def selective_state_update_kernel(
     state_ptr, x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, z_ptr, dt_bias_ptr, y_ptr,
     source_ptr, target_ptr, cu_seqlens_ptr, accepted_ptr, seed_ptr,

@@ -53,8 +53,12 @@ def _is_slot(slot, null_slot, n_slots):
     return (slot >= 0) & (slot != null_slot) & (slot < n_slots)
 
 
-# Sizes that change from call to call must not key a compile: neither their divisibility nor their being 1.
-@triton.jit(do_not_specialize=["n_tokens", "n_sequences", "n_slots", "null_slot"])
+# Sizes that change from call to call must not key a compile: neither their divisibility nor their being 1; nor where
+# an index array begins, which may be a slice of the batch's.
+@triton.jit(
+    do_not_specialize=["n_tokens", "n_sequences", "n_slots", "null_slot"],
+    do_not_specialize_on_alignment=["source_ptr", "target_ptr", "cu_seqlens_ptr", "accepted_ptr"],
+)
 def fused_recurrent_gated_delta_rule_kernel(
     q_ptr, k_ptr, v_ptr, g_ptr, beta_ptr, state_ptr, A_log_ptr, dt_bias_ptr, o_ptr,
     source_ptr, target_ptr, cu_seqlens_ptr, accepted_ptr,

@@ -252,12 +252,14 @@ def _scan(
     tma.store_wait(0)
 
 
-# Sizes that change from call to call must not key a compile: neither their divisibility nor their being 1.
+# Sizes that change from call to call must not key a compile: neither their divisibility nor their being 1; nor where
+# an index array begins, which may be a slice of the batch's.
 @gluon.jit(
     do_not_specialize=[
         "n_tokens", "chunks_per_row", "pieces_per_row", "states_per_row", "rows_per_row", "n_sequences",
         "chunks_per_piece", "splits", "n_final", "exports_per_row",
-    ]
+    ],
+    do_not_specialize_on_alignment=["final_indices_ptr", "cu_seqlens_ptr"]
 )  # fmt: skip
 def fused_out_kernel_hopper(
     y_ptr, ab_desc, x_desc, B_desc, C_desc, z_desc, y_desc, D_ptr, initial_ptr, states_ptr, totals_ptr, final_ptr,

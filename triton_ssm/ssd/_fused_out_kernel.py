@@ -13,12 +13,14 @@ from .._numerics import silu
 from ._fused_pieces import CHUNK, bounds_of, first_row, first_slot, sequence_of_slot
 
 
-# Sizes that change from call to call must not key a compile: neither their divisibility nor their being 1.
+# Sizes that change from call to call must not key a compile: neither their divisibility nor their being 1; nor where
+# an index array begins, which may be a slice of the batch's.
 @triton.jit(
     do_not_specialize=[
         "n_tokens", "chunks_per_row", "pieces_per_row", "states_per_row", "rows_per_row", "n_sequences",
         "chunks_per_piece", "splits", "n_final", "exports_per_row",
-    ]
+    ],
+    do_not_specialize_on_alignment=["final_indices_ptr", "cu_seqlens_ptr"]
 )  # fmt: skip
 def fused_out_kernel(
     x_ptr, B_ptr, C_ptr, ab_ptr, D_ptr, z_ptr, y_ptr, initial_ptr, states_ptr, totals_ptr,

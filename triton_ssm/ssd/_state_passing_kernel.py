@@ -9,8 +9,12 @@ from .._numerics import exp
 from ._chunks import bound
 
 
-# Sizes that change from call to call must not key a compile: neither their divisibility nor their being 1.
-@triton.jit(do_not_specialize=["n_tokens", "n_chunks", "n_slots"])
+# Sizes that change from call to call must not key a compile: neither their divisibility nor their being 1; nor where
+# an index array begins, which may be a slice of the batch's.
+@triton.jit(
+    do_not_specialize=["n_tokens", "n_chunks", "n_slots"],
+    do_not_specialize_on_alignment=["slots_ptr", "cu_seqlens_ptr"],
+)
 def state_passing_kernel(
     states_ptr, dA_cumsum_ptr, initial_ptr, before_ptr, after_ptr, final_ptr, slots_ptr, cu_seqlens_ptr,
     n_tokens, n_chunks, n_slots, final_slot_stride,
