@@ -1,4 +1,5 @@
 # pyright: basic, reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false, reportIndexIssue=false
+# pyright: reportAssignmentType=false
 # A jitted function is Gluon's language in Python's syntax; the types are Gluon's too.
 """The smallest kernel in which one warp hands shared memory to others as the Gluon kernels do.
 
