@@ -42,8 +42,9 @@ def _pallas() -> Callable[..., tuple[Any, Any]]:
 
     def run(*tensors):
         torch.cuda.synchronize()
-        results = jitted(*(None if tensor is None else jax.dlpack.from_dlpack(tensor) for tensor in tensors))
-        return tuple(torch.from_dlpack(result) for result in jax.block_until_ready(results))
+        arrays = (None if tensor is None else jax.dlpack.from_dlpack(tensor) for tensor in tensors)
+        y, final = jax.block_until_ready(jitted(*arrays))
+        return torch.from_dlpack(y), torch.from_dlpack(final)
 
     return run
 
