@@ -13,8 +13,8 @@ GDN_STAGES = (
 )  # fmt: skip
 # The stages that can do without a gate.
 UNGATED = tuple(op for op in GDN_STAGES if op not in ("gdn.chunk_local_cumsum", "gdn.solve_tril"))
-# What has a Mosaic GPU kernel: of 16-bit inputs, chunks of 64, and K and V in multiples of 64.
-MOSAIC = ("gdn.chunk_o",)
+# What has a Mosaic GPU kernel, of 16-bit inputs, chunks of 64, and K and V in multiples of 64; and the largest K of each.
+MOSAIC = {"gdn.chunk_o": 256, CHUNKED: 128}
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,7 @@ def _tagged(case: Case) -> Case:
         and case.dtype != "float32"
         and case.dims["L"] == 64
         and case.dims["K"] % 64 == case.dims["V"] % 64 == 0
+        and case.dims["K"] <= MOSAIC[case.op]
     )
     return replace(case, tags=case.tags - {"no-mosaic"} if served else case.tags | {"no-mosaic"})
 

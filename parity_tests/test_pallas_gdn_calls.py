@@ -307,7 +307,6 @@ def test_what_has_no_kernel_says_so():
     d = draw(1, 64, H_k=1, H_v=1, K=128, V=128, dtype="bfloat16")
     arguments, _ = recurrent("a token each")
     calls = {
-        "chunk_gated_delta_rule": lambda **k: combined(d, **k),
         "gdn.chunk_local_cumsum": lambda **k: gdn.chunk_local_cumsum(d["g"], **k),
         "fused_recurrent_gated_delta_rule": lambda **k: gdn.fused_recurrent_gated_delta_rule(*arguments, **k),
     }

@@ -129,7 +129,10 @@ def check_implementation(implementation: Any) -> None:
 
 
 # Checked in the interpreter and by the compiler alone.
-_ASKED_FOR_ONLY = ("chunk_o",)
+_ASKED_FOR_ONLY = (
+    "chunk_o",
+    COMBINED,
+)
 
 
 def choose(prepared: Prepared, implementation: str | None) -> Choice:

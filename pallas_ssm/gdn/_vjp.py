@@ -10,7 +10,7 @@ from jax.custom_batching import custom_vmap
 from ssm_configs import Device
 
 from .._selective_state_update_launch import Unsupported
-from . import _chunk_o_kernel, _xla
+from . import _chunk_o_kernel, _fused, _xla
 from ._call import Floats, Static
 
 
@@ -23,7 +23,10 @@ class Kernel(NamedTuple):
     """What the public function returns, from the static part, that launch, the float arrays and cu_seqlens."""
 
 
-KERNELS: dict[str, Kernel] = {"chunk_o": Kernel(_chunk_o_kernel.plan, _chunk_o_kernel.run)}
+KERNELS: dict[str, Kernel] = {
+    "chunk_o": Kernel(_chunk_o_kernel.plan, _chunk_o_kernel.run),
+    "chunk_gated_delta_rule": Kernel(_fused.plan, _fused.run),
+}
 """By operator. One without an entry has its XLA form alone."""
 
 

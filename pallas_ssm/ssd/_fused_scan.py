@@ -118,7 +118,8 @@ class _Scan(Block):
 
     def score(self, turn: int) -> None:
         refs, shape = self.refs, self.shape
-        column, row = indices(1), indices(0)
+        # A token reaches those after it: nothing is left of the others' decay, however large.
+        reach = jnp.where(indices(1) >= indices(0), jnp.inf, -jnp.inf)
 
         def step(i: jax.Array, _: None) -> None:
             c = i * shape.scores + turn
@@ -132,8 +133,7 @@ class _Scan(Block):
                     plgpu.wgmma(CB, refs.B_s[1].at[slot, k], refs.C_s[1].at[slot, k].transpose((1, 0)))
                 a = load(refs.v_s.at[slot, A], layout=ACROSS)
                 b = load(refs.v_s.at[slot, B], layout=DOWN)
-                decay = jnp.exp2(across(a, ROWS) - down(b, COLUMNS))
-                return jnp.where(column >= row, CB[...] * decay, 0.0)
+                return CB[...] * jnp.exp2(jnp.minimum(across(a, ROWS) - down(b, COLUMNS), reach))
 
             M = pl.run_scoped(product, ACC((ROWS, COLUMNS), jnp.float32))
             pl.when(c >= _BUFFERS)(lambda: plgpu.barrier_wait(refs.free.at[buffer]))

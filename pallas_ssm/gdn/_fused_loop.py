@@ -1,0 +1,235 @@
+"""The second kernel: the state of one value head's 64 columns through a sequence's chunks, and the outputs on the way.
+
+Two warpgroups, tied by barriers and never to the block as a whole:
+
+    carry   S^T [64, K] in fp32 registers; with h the state before the chunk, rounded, and G the gate cumulated within it
+                v_new^T = u^T - h^T w^T
+                o^T     = scale·(exp(G)·(h^T q^T) + v_new^T P^T)
+                S^T     = exp(G_last)·S^T + (v_new·exp(G_last - G))^T k
+    feed    tiles of `_fused_prepare` by TMA, `stages` chunks ahead, and o out
+
+Transposed, the state and v_new are left operands, which wgmma takes from registers: neither passes through shared memory.
+What is rounded to q's dtype: h, v_new, v_new·exp(G_last - G) and o.
+"""
+
+from types import SimpleNamespace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from ..ssd._fused_tiles import operand, rem
+from ..ssd._tiles import ACC, ACROSS, COLUMNS, LAYOUT, ROWS, across, indices, load, store_rows, tiles
+from ._fused_shape import CHUNK, GROWN, LEFT, Shape
+
+# How the operands of a chunk come, apart from the counting of heads: tiles of w, u, q, k and P, and the gates.
+_COPIES = 6
+
+
+def run(shape: Shape, arrays: dict[str, jax.Array], outputs: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
+    """`arrays`: what `_fused_prepare` writes, initial_state [N_seq,H_v,V,K] and cu_seqlens where there are any.
+    `outputs`: o, and final [N_seq,H_v,V,K] where it is wanted.
+    """
+    stages, widths, dtype = shape.stages, shape.widths, shape.dtype
+    scratch = {
+        "w_s": operand(stages, widths, dtype=dtype),
+        "q_s": operand(stages, widths, dtype=dtype),
+        "k_s": operand(stages, widths, dtype=dtype),
+        "u_s": operand(stages, dtype=dtype),
+        "P_s": operand(stages, dtype=dtype),
+        "gates_s": plgpu.SMEM((stages, 2, CHUNK), jnp.float32),
+        "o_s": tiles(stages, dtype=dtype, linear=True),
+        # The last arrival: o's tile has been read, and may be written again.
+        "full": plgpu.Barrier(num_arrivals=_COPIES + 1, num_barriers=stages),
+        "empty": plgpu.Barrier(num_barriers=stages),
+    }
+    names = (*arrays, *outputs, *scratch)
+
+    def body(*refs: Any) -> None:
+        named = dict.fromkeys(("initial_state", "cu_seqlens", "final"))
+        _Loop(shape, named | dict(zip(names, refs, strict=True))).run()
+
+    results = plgpu.kernel(
+        body,
+        out_type=list(outputs.values()),
+        scratch_types=list(scratch.values()),
+        grid=(shape.loop_blocks,),
+        grid_names=("block",),
+        num_threads=2,
+        thread_name="warpgroup",
+        kernel_name="gdn_loop",
+        compiler_params=plgpu.CompilerParams(
+            # A thread reads only what it has written itself or what a barrier has announced.
+            unsafe_no_auto_barriers=True,
+            approx_math=True,
+        ),
+    )(*arrays.values())
+    return dict(zip(outputs, results, strict=True))
+
+
+class _Loop:
+    """One sequence of one value head's 64 columns. `refs`: arrays and shared memory by name, None where there is none."""
+
+    def __init__(self, shape: Shape, refs: dict[str, Any]):
+        self.shape, self.dims = shape, shape.static.dims
+        self.refs = SimpleNamespace(**refs)
+        dims, heads = self.dims, self.dims.H_v * shape.parts
+        block = lax.axis_index("block")
+        head, self.n = rem(block, heads), lax.div(block, jnp.int32(heads))
+        self.h, self.part = lax.div(head, jnp.int32(shape.parts)), rem(head, shape.parts)
+        self.h_k = lax.div(self.h, jnp.int32(dims.H_v // dims.H_k))
+        self.columns = pl.ds(self.part * COLUMNS, COLUMNS)
+        self.b, self.begin, end, self.slot = shape.sequence(self.refs.cu_seqlens, self.n)
+        self.length = jnp.maximum(end - self.begin, 0)
+        self.count = lax.div(self.length + (CHUNK - 1), jnp.int32(CHUNK))
+
+    def run(self) -> None:
+        warpgroup = lax.axis_index("warpgroup")
+        real: Any = True
+        if self.dims.packed:
+            real = self.n < self.dims.N_seq
+            pl.when(jnp.logical_not(real) & (warpgroup == 0))(self.blank)
+        for i, role in enumerate((self.carry, self.feed)):
+            pl.when(real & (warpgroup == i))(role)
+
+    def left(self, c: Any) -> jax.Array:
+        """Tokens from chunk c on."""
+        return self.length - c * CHUNK
+
+    def blank(self) -> None:
+        """Rows of o that are no sequence's become zero."""
+        tile = self.refs.o_s[2].at[0]
+        tile[...] = plgpu.layout_cast(jnp.zeros((ROWS, COLUMNS), tile.dtype), LAYOUT)
+        plgpu.commit_smem()
+
+        def step(c: jax.Array, _: None) -> None:
+            # They reach to the array's end, behind which TMA drops what it is given.
+            rows = self.refs.o.at[self.b, pl.ds(self.begin + c * CHUNK, ROWS), self.h, self.columns]
+            plgpu.copy_smem_to_gmem(tile, rows)
+
+        lax.fori_loop(jnp.int32(0), self.count, step, None)
+        plgpu.wait_smem_to_gmem(0)
+
+    # The feeding warpgroup.
+
+    def feed(self) -> None:
+        stages, count = self.shape.stages, self.count
+
+        def first(c: jax.Array, _: None) -> None:
+            self.fetch(c)
+            plgpu.barrier_arrive(self.refs.full.at[rem(c, stages)])
+
+        def step(c: jax.Array, _: None) -> None:
+            self.store(c - stages)
+            self.fetch(c)
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            plgpu.barrier_arrive(self.refs.full.at[rem(c, stages)])
+
+        lax.fori_loop(jnp.int32(0), jnp.minimum(count, stages), first, None)
+        lax.fori_loop(jnp.int32(stages), count, step, None)
+        lax.fori_loop(jnp.maximum(count - stages, 0), count, lambda c, _: self.store(c), None)
+        plgpu.wait_smem_to_gmem(0)
+
+    def fetch(self, c: jax.Array) -> None:
+        refs, shape, dims = self.refs, self.shape, self.dims
+        at, chunk = rem(c, shape.stages), self.slot + c
+        head, head_k = chunk * dims.H_v + self.h, chunk * dims.H_k + self.h_k
+        full = refs.full.at[at]
+        for name, first, tiles_of in (
+            ("w", head * shape.widths, shape.widths),
+            ("k", head_k * shape.widths, shape.widths),
+            ("q", head_k * shape.widths, shape.widths),
+        ):
+            source, target = getattr(refs, name), getattr(refs, f"{name}_s")
+            plgpu.copy_gmem_to_smem(source.at[pl.ds(first, tiles_of)], target.at[at], full)
+        plgpu.copy_gmem_to_smem(refs.u.at[head * shape.parts + self.part], refs.u_s.at[at], full)
+        plgpu.copy_gmem_to_smem(refs.P.at[head], refs.P_s.at[at], full)
+        plgpu.copy_gmem_to_smem(refs.gates.at[head], refs.gates_s.at[at], full)
+
+    def store(self, c: jax.Array) -> None:
+        """o of chunk c to where it belongs, once the chunk is done."""
+        refs, at = self.refs, rem(c, self.shape.stages)
+        plgpu.barrier_wait(refs.empty.at[at])
+        # For what has been written, and for what has been read where TMA will write.
+        plgpu.commit_smem()
+        rows = refs.o.at[self.b, :, self.h, self.columns]
+        first, left = self.begin + c * CHUNK, self.left(c)
+
+        def whole() -> None:
+            plgpu.copy_smem_to_gmem(refs.o_s[0].at[at], rows.at[pl.ds(first, ROWS)])
+
+        if not self.dims.packed:
+            whole()
+            return
+        pl.when(left >= CHUNK)(whole)
+        pl.when(left < CHUNK)(lambda: store_rows(refs.o_s[2].at[at], rows, first, left))
+
+    # The state.
+
+    def carry(self) -> None:
+        S = lax.fori_loop(jnp.int32(0), self.count, self.step, self.before())
+        final = self.refs.final
+        if final is not None:
+            for k, part in enumerate(S):
+                final.at[self.n, self.h, self.columns, pl.ds(k * COLUMNS, COLUMNS)][...] = part
+
+    def before(self) -> tuple[jax.Array, ...]:
+        initial = self.refs.initial_state
+        if initial is None:
+            return (plgpu.layout_cast(jnp.zeros((ROWS, COLUMNS), jnp.float32), LAYOUT),) * self.shape.widths
+        state = initial.at[self.n, self.h, self.columns]
+        parts = [state.at[:, pl.ds(k * COLUMNS, COLUMNS)] for k in range(self.shape.widths)]
+        return tuple(load(part, layout=LAYOUT).astype(jnp.float32) for part in parts)
+
+    def step(self, c: jax.Array, S: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        """One chunk. What later products need is made while earlier ones run; nothing is in flight across the loop's edge."""
+        refs, shape, dtype = self.refs, self.shape, self.shape.dtype
+        at = rem(c, shape.stages)
+        plgpu.barrier_wait(refs.full.at[at])
+
+        def products(corrected: Any, carried: Any, own: Any, *ends: Any) -> tuple[jax.Array, ...]:
+            total = refs.gates_s[at, GROWN, CHUNK - 1]
+            operands = [s.astype(dtype) for s in S]
+            for s, end in zip(S, ends, strict=True):
+                end[...] = s * total
+            for k, s in enumerate(operands):
+                plgpu.wgmma(corrected, s, refs.w_s.at[at, k].transpose((1, 0)))
+            for k, s in enumerate(operands):
+                plgpu.wgmma(carried, s, refs.q_s.at[at, k].transpose((1, 0)))
+            u = load(refs.u_s.at[at].transpose((1, 0)), layout=LAYOUT).astype(jnp.float32)
+            grown, until_end = (load(refs.gates_s.at[at, row], layout=ACROSS) for row in (GROWN, LEFT))
+            fresh = u - plgpu.wgmma_accumulator_load(corrected, wait_n=len(S))
+            if shape.may_end_short:
+                # No token, no value, though the state it met were infinite.
+                fresh = jnp.where(indices(1) < self.left(c), fresh, 0.0)
+            v_new, weighted = fresh.astype(dtype), (fresh * across(until_end, ROWS)).astype(dtype)
+            plgpu.wgmma(own, v_new, refs.P_s.at[at].transpose((1, 0)))
+            for k, end in enumerate(ends):
+                plgpu.wgmma(end, weighted, refs.k_s.at[at, k])
+            within = plgpu.wgmma_accumulator_load(own, wait_n=len(ends))
+            since = plgpu.wgmma_accumulator_load(carried, wait_n=len(ends))
+            self.emit(c, (since * across(grown, ROWS) + within) * shape.static.scale)
+            return tuple(end[...] for end in ends)
+
+        tile = ACC((ROWS, COLUMNS), jnp.float32)
+        S = pl.run_scoped(products, tile, tile, tile, *[tile] * shape.widths)
+        plgpu.barrier_arrive(refs.empty.at[at])
+        return S
+
+    def emit(self, c: jax.Array, o: jax.Array) -> None:
+        """o^T of a chunk to shared memory, from where the feeding warpgroup sends it off."""
+        refs, at = self.refs, rem(c, self.shape.stages)
+        o = o.astype(self.shape.dtype)
+
+        def put(view: int) -> None:
+            refs.o_s[view].at[at].transpose((1, 0))[...] = o
+
+        if not self.dims.packed:
+            put(1)
+            return
+        short = self.left(c) < CHUNK
+        pl.when(jnp.logical_not(short))(lambda: put(1))
+        pl.when(short)(lambda: put(2))

@@ -1,0 +1,82 @@
+"""Sizes of the fused path, and where its tiles lie.
+
+Between the two kernels everything is in tiles of 64 tokens (a chunk) by 64 columns, one after another in memory: sequence n's
+chunk c has slot cu_seqlens[n] // 64 + n + c of its batch row (`ssm_configs.contracts.gdn`), and what stands in a tile's rows
+past a sequence's end is zero.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from ..ssd._tiles import COLUMNS
+from ._call import Static
+
+CHUNK = 64
+# Rows of a chunk's gates, with G the gate cumulated within the chunk: exp(G), and exp(G_last - G).
+GROWN, LEFT = range(2)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes that are known when a kernel is traced."""
+
+    static: Static
+    dtype: Any
+    """Of q, k and v."""
+    heads: int
+    """Value heads of one block that prepares."""
+    stages: int
+    """Chunks in shared memory of a block that carries a state."""
+
+    @property
+    def widths(self) -> int:
+        """Tiles of a row of q, k and w."""
+        return self.static.dims.K // COLUMNS
+
+    @property
+    def parts(self) -> int:
+        """Tiles of a row of v and u."""
+        return self.static.dims.V // COLUMNS
+
+    @property
+    def chunks(self) -> int:
+        return self.static.dims.B * self.static.dims.NC
+
+    @property
+    def prepare_blocks(self) -> int:
+        return self.chunks * (self.static.dims.H_v // self.heads)
+
+    @property
+    def loop_blocks(self) -> int:
+        dims = self.static.dims
+        return (dims.N_seq + dims.packed) * dims.H_v * self.parts
+
+    @property
+    def may_end_short(self) -> bool:
+        """Whether a chunk may have fewer than 64 tokens."""
+        return self.static.dims.packed or self.static.dims.T % CHUNK != 0
+
+    def tiles(self, *each: int) -> jax.ShapeDtypeStruct:
+        """So many tiles for each chunk."""
+        count = self.chunks
+        for n in each:
+            count *= n
+        return jax.ShapeDtypeStruct((count, CHUNK, COLUMNS), self.dtype)
+
+    def sequence(self, cu_seqlens: Any, n: jax.Array) -> tuple[Any, jax.Array, jax.Array, jax.Array]:
+        """(batch row, first token, end, first slot among all rows') of sequence n; N_seq, packed: what is nobody's."""
+        dims = self.static.dims
+        if not dims.packed:
+            return n, jnp.int32(0), jnp.int32(dims.T), n * dims.NC
+
+        def bound(n: jax.Array) -> jax.Array:
+            # Bounds are data: whatever they hold, no token outside [0, T) is touched.
+            return jnp.where(n == 0, 0, jnp.clip(cu_seqlens[n].astype(jnp.int32), 0, dims.T))
+
+        begin = bound(n)
+        end = jnp.where(n == dims.N_seq, dims.T, bound(jnp.minimum(n + 1, dims.N_seq)))
+        return jnp.int32(0), begin, end, lax.div(begin, jnp.int32(CHUNK)) + n
