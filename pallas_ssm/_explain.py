@@ -97,7 +97,8 @@ def _gdn(op: str, implementation: str | None, *args: Any, kinds: Any, **kwargs: 
         choice = gdn_recurrent.choose(gdn_recurrent.prepare(**given, kinds=kinds), implementation)
     else:
         choice = gdn_dispatch.choose(gdn_dispatch.prepare(name, **given, kinds=kinds), implementation)
-    return Explanation(op, choice.implementation, choice.reason, choice.launch)
+    lookup = None if choice.request is None else ssm_configs.explain(op, **choice.request)
+    return Explanation(op, choice.implementation, choice.reason, choice.launch, lookup)
 
 
 _OPS: dict[str, Callable[..., Explanation]] = {

@@ -133,7 +133,8 @@ def _decode(name: str, B: int, model: GDNDims, tags: tuple[str, ...], dtype: str
             state_dtype: str = "float32", spare: int = 3, **options: Any) -> Case:  # fmt: skip
     # Serving keeps more slots than it decodes at once; a few spare ones show that nothing else is written.
     dims = {"S": B + spare, "B": B, "H_k": model.H_k, "H_v": model.H_v, "K": model.K, "V": model.V}
-    return Case(RECURRENT, name, dims, dtype, state_dtype, options, frozenset((*tags, "no-mosaic")))
+    declined = () if model.K % 16 == 0 and model.V % 16 == 0 else ("no-mosaic",)
+    return Case(RECURRENT, name, dims, dtype, state_dtype, options, frozenset((*tags, *declined)))
 
 
 def _decode_cases() -> Iterator[Case]:

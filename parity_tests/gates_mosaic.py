@@ -107,6 +107,40 @@ def causal_conv1d_update(row: Mapping[str, Any]) -> tuple[Arrays, dict[str, Any]
     return arrays, {"activation": "silu", "null_slot": 0}
 
 
+def fused_recurrent_gated_delta_rule(row: Mapping[str, Any]) -> tuple[Arrays, dict[str, Any]]:
+    """The same for B sequences of H_v value heads by half as many key heads, with gates, norms and slots in the kernel.
+
+    K, V and state_dtype are the row's. A row may ask for `dst`, `packed`, `speculative`, `plain` (gates and norms done before)
+    and `padding`.
+    """
+    K, V, B, H_v = row["K"], row["V"], row.get("B", 64), row.get("H_v", 32)
+    S, T_max, dtype = row.get("S", 96), row.get("T_max", 4), row.get("dtype", "bfloat16")
+    tokens = 4 * B if row.get("packed") else B
+    plain = bool(row.get("plain"))
+    gate = (tokens, H_v), "float32" if plain else dtype
+    arrays: Arrays = {
+        "q": ((tokens, H_v // 2, K), dtype),
+        "k": ((tokens, H_v // 2, K), dtype),
+        "v": ((tokens, H_v, V), dtype),
+        "g": gate,
+        "beta": gate,
+        "state": ((S, H_v, K, V), row["state_dtype"]),
+    }
+    slots = (B, T_max) if row.get("speculative") else (B,)
+    if row.get("slots", True):
+        arrays["state_indices"] = slots, "int32"
+    if row.get("dst"):
+        arrays["dst_state_indices"] = slots, "int32"
+    if row.get("speculative"):
+        arrays["num_accepted_tokens"] = (B,), "int32"
+    if row.get("packed"):
+        arrays["cu_seqlens"] = (B + 1,), "int32"
+    if not plain:
+        arrays |= {"A_log": ((H_v,), "float32"), "dt_bias": ((H_v,), "float32")}
+    options = {"sigmoid_beta": not plain, "use_qk_l2norm": not plain}
+    return arrays, options | {"null_slot": 0 if row.get("padding") else None}
+
+
 def mamba_chunk_scan_combined(row: Mapping[str, Any]) -> tuple[Arrays, dict[str, Any]]:
     """The same for T tokens by H heads in G groups, from raw dt, with D and final states; P, N and dtype are the row's.
 
@@ -183,6 +217,7 @@ OPS = {
     "selective_state_update": Op(selective_state_update, "state", ("BLOCK_SIZE_M", "tiles_per_block", "use_tma")),
     "causal_conv1d": Op(causal_conv1d, "conv_state", ("BLOCK_SIZE_T", "BLOCK_SIZE_D")),
     "causal_conv1d_update": Op(causal_conv1d_update, "conv_state", ("BLOCK_SIZE_D", "BLOCK_SIZE_B")),
+    "fused_recurrent_gated_delta_rule": Op(fused_recurrent_gated_delta_rule, "state", ("BLOCK_SIZE_V",)),
     "mamba_chunk_scan_combined": Op(mamba_chunk_scan_combined, "final_states_out", ("CHUNKS_PER_PIECE", "num_stages")),
     **{name: Op(ssd_stage, "", ()) for name in SSD_STAGES},
 }

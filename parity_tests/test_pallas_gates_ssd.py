@@ -24,7 +24,7 @@ ROWS = [
     NANO | {"initial": True, "z": True},
 ]
 # Bytes of a thread: all but the plainest calls keep numbers of the whole block there, outside the loop over chunks.
-STATED_SPILL = 200
+STATED_SPILL = 224
 STAGES = [
     {"op": op, "T": T, "H": 16, "G": 2, "L": L, "dtype": dtype, **sizes}
     for op in SSD_STAGES

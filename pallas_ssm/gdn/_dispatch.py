@@ -129,10 +129,7 @@ def check_implementation(implementation: Any) -> None:
 
 
 # Checked in the interpreter and by the compiler alone.
-_ASKED_FOR_ONLY = (
-    "chunk_o",
-    COMBINED,
-)
+_ASKED_FOR_ONLY = ("chunk_o",)
 
 
 def choose(prepared: Prepared, implementation: str | None) -> Choice:

@@ -6,16 +6,20 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.custom_batching import custom_vmap
 
+import ssm_configs
 from ssm_configs.contracts import gdn as contract
 
 from .. import _arguments
 from .._device import target
 from .._overrides import check_override
 from .._selective_state_update_launch import Unsupported, check_device
+from . import _recurrent_kernel as kernel
 from . import _recurrent_xla as xla
 from ._dispatch import Choice, check_implementation
 from ._recurrent_call import OP, Floats, Integers, Static
+from ._recurrent_launch import Launch, config_request, plan_launch
 
 _SLOTS = ("state_indices", "dst_state_indices")
 
@@ -74,6 +78,10 @@ def prepare(
     return Prepared(static, given)
 
 
+# Checked in the interpreter and by the compiler alone.
+_ASKED_FOR_ONLY = True
+
+
 def choose(prepared: Prepared, implementation: str | None) -> Choice:
     """Which implementation runs the call; `Unsupported` where it was asked for and cannot."""
     check_implementation(implementation)
@@ -82,29 +90,60 @@ def choose(prepared: Prepared, implementation: str | None) -> Choice:
     if implementation == "xla":
         return Choice("xla", "asked for", where)
     try:
-        check_device(where, OP)
-        raise Unsupported(f"{OP}: there is no mosaic_gpu kernel of this operator; use implementation='xla' or None")
+        device = check_device(where, OP)
+        dims = prepared.static.dims
+        if dims.T == 0 or dims.N_seq == 0:
+            return Choice("xla", "there is no token", where)
+        if implementation is None and _ASKED_FOR_ONLY:
+            raise Unsupported(
+                f"{OP}: the kernel has not been checked on a GPU yet; implementation='mosaic_gpu' asks for it"
+            )
+        state_dtype = prepared.arrays["state"].dtype
+        request = config_request(dims, state_dtype, device)
+        knobs = ssm_configs.lookup(OP, **request)
+        launch = plan_launch(dims, state_dtype, knobs, packed="cu_seqlens" in prepared.arrays)
     except Unsupported as error:
         if implementation is not None:
             raise
         return Choice("xla", str(error).removeprefix(f"{OP}: "), where)
+    reason = "asked for" if implementation else f"the kernel takes this call on {device.name}"
+    return Choice("mosaic_gpu", reason, where, launch, request)
 
 
-def run(prepared: Prepared, implementation: str | None) -> Any:
-    choose(prepared, implementation)
-    return _run(prepared.static, *prepared.operands())
+def run(prepared: Prepared, implementation: str | None) -> xla.Result:
+    choice = choose(prepared, implementation)
+    result: Any = _run(prepared.static, choice.launch, implementation is None, *prepared.operands())
+    return result
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _run(static: Static, floats: Floats, integers: Integers) -> xla.Result:
-    return xla.forward(static, floats, integers)
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _run(static: Static, launch: Launch | None, batched_by_xla: bool, floats: Floats, integers: Integers) -> xla.Result:
+    if launch is None:
+        return xla.forward(static, floats, integers)
+    run = custom_vmap(partial(kernel.run, static, launch))
+    run.def_vmap(partial(_batched, static, batched_by_xla))
+    return run(floats, integers)
 
 
-def _forward(static: Static, floats: Floats, integers: Integers):
-    return _run(static, floats, integers), (floats, integers)
+def _batched(
+    static: Static, by_xla: bool, axis_size: int, in_batched: Any, floats: Floats, integers: Integers
+) -> tuple[xla.Result, tuple[bool, bool]]:
+    """What `jax.vmap` makes of the kernel."""
+    if not by_xla:
+        raise Unsupported(
+            f"{OP}: the mosaic_gpu kernel is not batched by jax.vmap; give the batch its own sequences and slots, or use "
+            "implementation='xla' or None"
+        )
+    axes = jax.tree.map(lambda batched: 0 if batched else None, in_batched)
+    batched = jax.vmap(partial(xla.forward, static), in_axes=axes, axis_size=axis_size)(floats, integers)
+    return batched, (True, True)
 
 
-def _backward(static: Static, residuals, cotangents):
+def _forward(static: Static, launch: Launch | None, batched_by_xla: bool, floats: Floats, integers: Integers):
+    return _run(static, launch, batched_by_xla, floats, integers), (floats, integers)
+
+
+def _backward(static: Static, launch: Launch | None, batched_by_xla: bool, residuals: Any, cotangents: Any):
     floats, integers = residuals
     _, pullback = jax.vjp(lambda floats: xla.differentiable(static, floats, integers), floats)
     return (*pullback(cotangents), None)

@@ -78,7 +78,7 @@ def run(shape: Shape, arrays: dict[str, jax.Array], outputs: dict[str, jax.Shape
 
 def registers(shape: Shape) -> tuple[int, int, int]:
     """Of a thread of each role. All warpgroups' together are no more than a block gets, or it would wait for them forever."""
-    return (240, 136, 128) if shape.scores == 1 else (216, 104, 88)
+    return (240, 136, 128) if shape.scores == 1 else (192, 112, 96)
 
 
 class _Scan(Block):
@@ -205,18 +205,13 @@ class _Scan(Block):
         # Ready: M is there, and so all that it was made of, and x and B are clear.
         plgpu.barrier_wait(refs.ready.at[buffer])
 
-        def vector(row: int) -> jax.Array:
-            return across(load(refs.v_s.at[slot, row], layout=ACROSS), ROWS)
-
-        def inner(own: Any) -> jax.Array:
+        def inner() -> tuple[jax.Array, ...]:
             x = load(refs.x_s[1].at[slot].transpose((1, 0)), layout=LAYOUT)
-            if D is not None:
-                own[...] = D * x.astype(jnp.float32)
-            return x
+            return x, *(load(refs.v_s.at[slot, row], layout=ACROSS) for row in (GROWN, WEIGHT))
 
-        def products(carried: Any, own: Any, *ends: Any) -> tuple[jax.Array, ...]:
-            # Before anything multiplies, where there are registers for it beside S.
-            x = inner(own) if len(S) <= _PAIR else None
+        def products(y: Any, *ends: Any) -> tuple[jax.Array, ...]:
+            # On their way while S is multiplied, where there are registers for them beside it.
+            early = inner() if len(S) <= _PAIR else None
             decay = refs.v_s[slot, GROWN, CHUNK - 1]
             for k in range(0, len(S), _PAIR):
                 if k:
@@ -225,22 +220,25 @@ class _Scan(Block):
                 for s, end in zip(S[k : k + _PAIR], ends[k : k + _PAIR], strict=True):
                     end[...] = s * decay
                 for i, s in enumerate(operands):
-                    plgpu.wgmma(carried, s, refs.C_s[1].at[slot, k + i].transpose((1, 0)))
-            if x is None:
+                    plgpu.wgmma(y, s, refs.C_s[1].at[slot, k + i].transpose((1, 0)))
+            if early is None:
                 plgpu.wgmma_wait(0)
-                x = inner(own)
-            plgpu.wgmma(own, x, refs.m_s.at[buffer])
-            # From here on under products: with those of S done, its operands' registers are free again.
-            plgpu.wgmma_wait(1)
-            weighted = (x.astype(jnp.float32) * vector(WEIGHT)).astype(dtype)
+                early = inner()
+            x, grown, weight = early
+            # Before the wait, under which nothing else is to do.
+            wide = x.astype(jnp.float32)
+            weighted = (wide * across(weight, ROWS)).astype(dtype)
+            skipped = None if D is None else D * wide
+            carried = plgpu.wgmma_accumulator_load(y) * across(grown, ROWS)
+            y[...] = carried if skipped is None else carried + skipped
+            plgpu.wgmma(y, x, refs.m_s.at[buffer])
             for k, end in enumerate(ends):
                 plgpu.wgmma(end, weighted, refs.B_s[1].at[slot, k])
-            y = vector(GROWN) * plgpu.wgmma_accumulator_load(carried, wait_n=len(ends))
-            self.emit(c, plgpu.wgmma_accumulator_load(own, wait_n=len(ends)) + y)
+            self.emit(c, plgpu.wgmma_accumulator_load(y, wait_n=len(ends)))
             return tuple(end[...] for end in ends)
 
         tile = ACC((ROWS, COLUMNS), jnp.float32)
-        S = pl.run_scoped(products, tile, tile, *[tile] * shape.widths)
+        S = pl.run_scoped(products, tile, *[tile] * shape.widths)
         plgpu.barrier_arrive(refs.empty.at[slot])
         if refs.intermediate is not None:
             self.keep(c, S)
