@@ -10,7 +10,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import pallas_ssm
-from pallas_ssm.gdn import _recurrent_dispatch as dispatch
 from pallas_ssm.gdn._recurrent_launch import plan_launch
 from ssm_configs import override
 from ssm_configs.contracts.gdn import RecurrentDims
@@ -162,7 +161,7 @@ def test_bounds_out_of_range_are_clamped_and_padding_does_not_look_at_its_operan
     assert np.isfinite(np.delete(state, others, 0)).all()
 
 
-def test_gradients_and_vmap(monkeypatch: pytest.MonkeyPatch):
+def test_gradients_and_vmap():
     arguments, keywords = draw(small(**GATED, dtype="float32", dims={"B": 2, "V": 16}))
     arrays = tuple(jnp.asarray(array) for array in arguments)
 
@@ -178,7 +177,6 @@ def test_gradients_and_vmap(monkeypatch: pytest.MonkeyPatch):
         assert np.allclose(a, b, rtol=1e-4, atol=1e-5)
 
     batch = tuple(jnp.stack([array, 2 * array]) for array in arrays)
-    monkeypatch.setattr(dispatch, "_ASKED_FOR_ONLY", False)
     with interpreted():
         assert pallas_ssm.explain(OP, *arrays, **keywords).implementation == "mosaic_gpu"
         o, state = jax.vmap(lambda *a: update(*a, **keywords))(*batch)
@@ -192,12 +190,15 @@ def test_which_implementation_and_why():
     arguments, keywords = draw(small())
     with interpreted():
         chosen = pallas_ssm.explain(OP, *arguments, **keywords)
-        asked = pallas_ssm.explain(OP, *arguments, **keywords, implementation="mosaic_gpu")
+        packed, options = draw(small(lengths=(1, 2, 1)))
+        unchecked = pallas_ssm.explain(OP, *packed, **options)
+        asked = pallas_ssm.explain(OP, *packed, **options, implementation="mosaic_gpu")
         odd, keywords = draw(small(dims={"K": 17, "V": 5}))
         refused = r"finds no register layout for a \[K=17, V=5\] float32 state"
         with pytest.raises(NotImplementedError, match=f"{OP}: the mosaic_gpu kernel {refused}"):
             update(*odd, **keywords, implementation="mosaic_gpu")
-    assert chosen.implementation == "xla" and "has not been checked on a GPU yet" in chosen.reason
+    assert chosen.implementation == "mosaic_gpu" and chosen.launch is not None
+    assert unchecked.implementation == "xla" and "has not been checked on a GPU yet" in unchecked.reason
     assert asked.implementation == "mosaic_gpu" and asked.launch is not None
     with pytest.raises(NotImplementedError, match=f"{OP}: the mosaic_gpu kernel does not run on a CPU outside"):
         update(*odd, **keywords, implementation="mosaic_gpu")

@@ -43,7 +43,7 @@ TENSORS = ("q", "k", "v", "g", "beta")
 
 def path(fused: bool, BLOCK_SIZE_V: int = 32):
     return override(
-        OP, FUSED=fused, BLOCK_SIZE_V=BLOCK_SIZE_V, num_warps=4, num_stages=2, kkt_num_warps=4
+        OP, FUSED=fused, BLOCK_SIZE_V=BLOCK_SIZE_V, num_warps=8, num_stages=2, kkt_num_warps=4
     )  # fmt: skip
 
 

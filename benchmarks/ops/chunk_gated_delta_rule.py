@@ -133,19 +133,18 @@ def _candidates(twin: str, statics: Mapping[str, int], dtype: str) -> list[Knobs
     # The stages' own tables say how they run; here only the inverse's warps are left.
     solves = (4, 8) if dtype == "float32" else (2, 4, 8)
     staged: list[Knobs] = [
-        {"FUSED": False, "BLOCK_SIZE_V": 32, "num_warps": 4, "num_stages": 2, "kkt_num_warps": warps}
+        {"FUSED": False, "BLOCK_SIZE_V": 32, "num_warps": 8, "num_stages": 2, "kkt_num_warps": warps}
         for warps in solves
     ]
     if dtype == "float32":
         return staged
     # A thread holds its share of the fp32 state.
     fused = [
-        {"FUSED": True, "BLOCK_SIZE_V": width, "num_warps": warps, "num_stages": stages, "kkt_num_warps": solve}
+        {"FUSED": True, "BLOCK_SIZE_V": width, "num_warps": 8, "num_stages": stages, "kkt_num_warps": solve}
         for width in columns
-        for warps in (2, 4, 8)
         for stages in (1, 2, 3)
         for solve in (2, 4)
-        if 16 <= K * width / (32 * warps) <= 128 and stages <= stages_that_fit
+        if 16 <= K * width / (32 * 8) <= 128 and stages <= stages_that_fit
     ]
     return [*staged, *fused]
 

@@ -128,10 +128,6 @@ def check_implementation(implementation: Any) -> None:
         raise ValueError(f"implementation: expected one of {IMPLEMENTATIONS} or None, got {implementation!r}")
 
 
-# Checked in the interpreter and by the compiler alone.
-_ASKED_FOR_ONLY = ("chunk_o",)
-
-
 def choose(prepared: Prepared, implementation: str | None) -> Choice:
     """Which implementation runs the call; `Unsupported` where it was asked for and cannot."""
     check_implementation(implementation)
@@ -147,9 +143,10 @@ def choose(prepared: Prepared, implementation: str | None) -> Choice:
             return Choice("xla", "there is no token", where)
         if static.op not in KERNELS:
             raise Unsupported(f"{op}: there is no mosaic_gpu kernel of this operator; use implementation='xla' or None")
-        if implementation is None and static.op in _ASKED_FOR_ONLY:
+        if implementation is None and static.op == "chunk_o" and dims.packed:
+            # Checked in the interpreter and by the compiler alone.
             raise Unsupported(
-                f"{op}: the kernel has not been checked on a GPU yet; implementation='mosaic_gpu' asks for it"
+                f"{op}: packed, the kernel has not been checked on a GPU yet; implementation='mosaic_gpu' asks for it"
             )
         launch = KERNELS[static.op].plan(static, prepared.arrays, device)
     except Unsupported as error:
