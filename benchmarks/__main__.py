@@ -16,7 +16,7 @@ def parser() -> argparse.ArgumentParser:
     commands = (
         (run_command, "time both twins, XLA, the peers and the copy ceiling"),
         (tune_command, "measure launch configs and write tuning tables"),
-        (plot, "draw the plots and the page from a result file"),
+        (plot, "draw the plots from a result file"),
         (table, "print the README's speed table, or write it there"),
         (report, "one page of all results of a device"),
         (transfer, "time rows that were tuned elsewhere"),

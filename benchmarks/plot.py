@@ -1,11 +1,9 @@
-"""`python -m benchmarks plot JSON`: GB/s over size as PNG, one a sweep and dtype, and one self-contained HTML page.
+"""`python -m benchmarks plot JSON`: GB/s over size as PNG, one a sweep and dtype. `report` makes the page.
 
 Nothing is read but the result file, so a figure can be redrawn anywhere.
 """
 
 import argparse
-import base64
-import io
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,7 +23,7 @@ _COLORS = {
     "peer:causal_conv1d": "#9467bd",
 }
 _NAMES = {"triton": "triton_ssm", "mosaic_gpu": "pallas_ssm (Mosaic GPU)", "xla": "pallas_ssm (XLA)"}
-_THEMES = {"light": ("#ffffff", "#20242a", "#d5d9df"), "dark": ("#14171c", "#e4e7ec", "#3a404a")}
+_INK, _GRID = "#20242a", "#d5d9df"
 _AXES = {"E": "E = batch × heads", "T": "T = tokens", "D": "D = channels", "B": "B = sequences"}
 _POINT = re.compile(r"(?:(?P<line>[^:]+): )?(?P<axis>\w+)=(?P<size>\d+)")
 """The names of a sweep's cases; the models' cases are on no axis."""
@@ -63,22 +61,17 @@ def main(arguments: argparse.Namespace) -> int:
 
 
 def draw(path: Path) -> list[Path]:
-    """Writes <name>.<dtype>[.<sweep>].png and <name>.html beside the result file; the paths written."""
+    """Writes <name>.<dtype>[.<sweep>].png beside the result file; the paths written."""
     head, rows = results.read(path)
-    written, figures = [], []
+    written = []
     points = points_of(rows)
     for key in dict.fromkeys(point.figure for point in points):
         own = [point for point in points if point.figure == key]
-        title = title_of(head, own[0])
-        images = {theme: figure(title, own, copy_gbps(rows), theme) for theme in _THEMES}
         line, _, dtype = key
         image = path.with_name(".".join(filter(None, (path.stem, dtype, re.sub(r"\W+", "-", line), "png"))))
-        image.write_bytes(images["light"])
+        figure(title_of(head, own[0]), own, copy_gbps(rows), image)
         written.append(image)
-        figures.append((title, {theme: base64.b64encode(data).decode() for theme, data in images.items()}))
-    page = path.with_suffix(".html")
-    page.write_text(html(head, rows, figures), encoding="utf-8")
-    return [*written, page]
+    return written
 
 
 def points_of(rows: Sequence[Row]) -> list[Point]:
@@ -95,13 +88,12 @@ def title_of(head: dict[str, Any], point: Point) -> str:
     return ", ".join(filter(None, (head["op"], point.line, dtype, head["device"].replace("_", " "))))
 
 
-def figure(title: str, points: Sequence[Point], ceiling: float | None, theme: str) -> bytes:
+def figure(title: str, points: Sequence[Point], ceiling: float | None, path: Path) -> None:
     """One PNG."""
     from matplotlib.figure import Figure  # without pyplot: no display, no global state
 
-    background, ink, grid = _THEMES[theme]
-    canvas = Figure(figsize=(8, 4.8), dpi=150, facecolor=background, layout="constrained")
-    axes = canvas.add_subplot(facecolor=background)
+    canvas = Figure(figsize=(8, 4.8), dpi=150, layout="constrained")
+    axes = canvas.add_subplot()
     for implementation in dict.fromkeys(point.row.implementation for point in points):
         own = sorted((point.size, point.row.gbps, point.row.source) for point in points
                      if point.row.implementation == implementation)  # fmt: skip
@@ -109,48 +101,22 @@ def figure(title: str, points: Sequence[Point], ceiling: float | None, theme: st
         is_quoted = "quoted" in sources
         axes.plot(
             x, y, marker="o", markersize=5, linewidth=1.8, linestyle="--" if is_quoted else "-",
-            color=_COLORS.get(implementation), markerfacecolor=background if is_quoted else None,
+            color=_COLORS.get(implementation), markerfacecolor="white" if is_quoted else None,
             label=name_of(implementation) + (" (quoted, L2 not flushed)" if is_quoted else ""),
         )  # fmt: skip
     if ceiling:
-        axes.axhline(ceiling, color=ink, linewidth=1, linestyle=":", label=f"copy ceiling, {ceiling:.0f} GB/s")
+        axes.axhline(ceiling, color=_INK, linewidth=1, linestyle=":", label=f"copy ceiling, {ceiling:.0f} GB/s")
     axes.set_xscale("log", base=2)
     axes.set_ylim(bottom=0)
-    axes.set_xlabel(_AXES.get(points[0].axis, points[0].axis), color=ink)
-    axes.set_ylabel("GB/s, cold L2", color=ink)
-    axes.set_title(title, color=ink, fontsize=11)
-    axes.tick_params(colors=ink)
-    axes.grid(color=grid, linewidth=0.6)
+    axes.set_xlabel(_AXES.get(points[0].axis, points[0].axis), color=_INK)
+    axes.set_ylabel("GB/s, cold L2", color=_INK)
+    axes.set_title(title, color=_INK, fontsize=11)
+    axes.tick_params(colors=_INK)
+    axes.grid(color=_GRID, linewidth=0.6)
     for spine in axes.spines.values():
-        spine.set_color(grid)
-    axes.legend(frameon=False, labelcolor=ink, fontsize=9, loc="lower right")
-    buffer = io.BytesIO()
-    canvas.savefig(buffer, format="png")
-    return buffer.getvalue()
-
-
-def html(head: dict[str, Any], rows: Sequence[Row], figures: Sequence[tuple[str, dict[str, str]]]) -> str:
-    """The page: how and where it was measured, the figures, and every row."""
-    import jinja2
-
-    triton = {_shape(row): row.us for row in rows if row.implementation == "triton"}
-    lines = [
-        {
-            "row": row,
-            "name": name_of(row.implementation),
-            "shape": ", ".join(f"{key}={value}" for key, value in row.dims.items() if "dtype" not in key),
-            "dtype": dtype_of(row),
-            "of_copy": row.floor_us / row.us if row.floor_us else None,
-            "to_triton": row.us / triton[_shape(row)] if _shape(row) in triton else None,
-            "config": ", ".join(f"{key}={value}" for key, value in (row.config or {}).items() if value is not None),
-        }
-        for row in rows
-    ]
-    environment = jinja2.Environment(
-        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
-    )
-    template = environment.from_string((Path(__file__).parent / "page.html").read_text(encoding="utf-8"))
-    return template.render(head=head, lines=lines, figures=figures, copy_gbps=copy_gbps(rows), ceiling=CEILING)
+        spine.set_color(_GRID)
+    axes.legend(frameon=False, labelcolor=_INK, fontsize=9, loc="lower right")
+    canvas.savefig(path)
 
 
 def copy_gbps(rows: Sequence[Row]) -> float | None:
@@ -164,7 +130,3 @@ def dtype_of(row: Row) -> str:
 
 def name_of(implementation: str) -> str:
     return _NAMES.get(implementation, implementation.removeprefix("peer:"))
-
-
-def _shape(row: Row) -> tuple[object, ...]:
-    return row.case, *row.dims.items()

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import re
 
 import pytest
 import torch
@@ -84,16 +83,8 @@ def test_figures_from_the_file_alone(tmp_path):
     path = tmp_path / "selective_state_update.json"
     write(path, rows())
     written = plot.draw(path)
-    assert [one.name for one in written] == [
-        "selective_state_update.float32.png", "selective_state_update.float16.png", "selective_state_update.html",
-    ]  # fmt: skip
-    assert all(one.read_bytes().startswith(b"\x89PNG") for one in written[:2])
-    page = written[2].read_text()
-    assert page.count("data:image/png;base64,") == 4  # light and dark, two dtypes
-    assert not re.search(r'(src|href|srcset)="(?!data:)', page)  # self-contained
-    assert "NVIDIA H200" in page and "2.11.0" in page and "copy of the same run reaches 4295 GB/s" in page
-    assert "1.05" in page  # Pallas ÷ Triton at 1024
-    assert "Memcpy &lt;DtoD&gt;" in page
+    assert [one.name for one in written] == ["selective_state_update.float32.png", "selective_state_update.float16.png"]
+    assert all(one.read_bytes().startswith(b"\x89PNG") for one in written)
 
 
 def test_quoted_rows_stand_in_for_missing_peers_only(tmp_path):
@@ -199,7 +190,7 @@ def test_run_from_end_to_end(tmp_path, monkeypatch, capsys, interpret):
     ]  # fmt: skip
     assert all(row.error is not None and row.error < 3e-3 for row in made[1:])
     assert all(row.host_us and row.floor_us for row in made[1:])
-    assert {path.suffix for path in tmp_path.iterdir()} == {".json", ".png", ".html"}
+    assert {path.suffix for path in tmp_path.iterdir()} == {".json", ".png"}
 
 
 def test_without_a_gpu_nothing_is_measured(monkeypatch):
@@ -248,10 +239,8 @@ def test_a_sweep_with_a_name_has_a_figure_of_its_own(tmp_path):
     path = tmp_path / "causal_conv1d.json"
     results.write(path, "causal_conv1d", "NVIDIA_H200", {"torch": "2.11.0"}, "python -m benchmarks run", made)
     assert [one.name for one in plot.draw(path)] == [
-        "causal_conv1d.bfloat16.one-sequence-D-64.png", "causal_conv1d.bfloat16.dense-D-64.png", "causal_conv1d.html",
+        "causal_conv1d.bfloat16.one-sequence-D-64.png", "causal_conv1d.bfloat16.dense-D-64.png",
     ]  # fmt: skip
-    page = (tmp_path / "causal_conv1d.html").read_text()
-    assert "causal_conv1d, dense, D=64, bfloat16, NVIDIA H200" in page and "bfloat16 state" not in page
 
 
 # -- the command line
