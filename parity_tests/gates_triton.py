@@ -105,7 +105,8 @@ def _source(kernel, pointers: dict[str, str], constants: dict) -> ASTSource:
             constants.setdefault(name, None)
         else:
             signature[name] = pointers.get(name, "i32")
-            if name not in unspecialised:  # pointers and strides are multiples of 16, as the launcher would find
+            # Pointers and strides are multiples of 16, as the launcher would find.
+            if name not in unspecialised and not name.endswith("_desc"):
                 attributes[(position,)] = [["tt.divisibility", 16]]
     return ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
 

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from ssm_configs import override
 from triton_ssm import gdn
+from triton_ssm._plans import Launcher
 
 from .compare import error
 from .inputs import DTYPES
@@ -270,6 +271,33 @@ def test_the_inverse_in_16_bits_is_the_rounded_one():
     exact = gdn.solve_tril(to_torch(A, "cpu"))
     for dtype in (torch.bfloat16, torch.float16):
         assert torch.equal(gdn.solve_tril(to_torch(A, "cpu"), out_dtype=dtype), exact.to(dtype))
+
+
+@pytest.mark.parametrize("BT", [16, 32, 64])
+@pytest.mark.parametrize("packed", [False, True])
+def test_A_by_the_tensor_memory_accelerator(packed: bool, BT: int, monkeypatch: pytest.MonkeyPatch):
+    """The same bits, whoever asks for it; and where a device has none, nobody is asked."""
+    A = np.tril(np.random.default_rng(0).standard_normal((1, 90, 3, BT)) * 0.2, -1).astype(np.float32)
+    A[:, 77:] = np.nan  # behind the sequences, in the tile of the last
+    bounds: dict[str, Any] = {"cu_seqlens": torch.tensor([0, 7, 7, 71, 77])} if packed else {}
+    tensor = to_torch(A if packed else A[:, :77], "cpu")
+    launched: list[bool] = []
+
+    def record(self, key, grid, arguments, constants, num_warps):
+        launched.append(arguments[2] is not None)
+        return launch(self, key, grid, arguments, constants, num_warps)
+
+    launch = Launcher.__call__
+    monkeypatch.setattr(Launcher, "__call__", record)
+    expected = gdn.solve_tril(tensor, **bounds)
+    with override("gdn_solve_tril", use_tma=True):
+        by_table = gdn.solve_tril(tensor, **bounds)
+    monkeypatch.setenv("FLA_USE_TMA", "1")
+    by_switch = gdn.solve_tril(tensor, **bounds)
+    monkeypatch.setenv("SSM_DEVICE_NAME", "AMD Instinct MI300X")
+    elsewhere = gdn.solve_tril(tensor, **bounds)
+    assert launched == [False, True, True, False] and not expected.isnan().any()
+    assert all(torch.equal(expected, other) for other in (by_table, by_switch, elsewhere))
 
 
 def test_what_stands_above_the_diagonal_of_A_is_not_read():

@@ -91,7 +91,14 @@ def source(row: Mapping[str, Any]) -> Any:
         constants = {**heads, "K": K, "BT": L, **precision, **block("BLOCK_SIZE_K", K)}
         return chunk_scaled_dot_kkt_kernel, pointers("k beta", x) | pointers("g A", fp32) | bounds, constants
     if name == "solve_tril":
-        return solve_tril_kernel, pointers("A out", fp32) | bounds, {"H_V": H_V, "BT": L}
+        constants = {"H_V": H_V, "BT": L}
+        if row.get("use_tma"):
+            return (
+                solve_tril_kernel,
+                pointers("out", fp32) | bounds | {"A_desc": f"tensordesc<fp32[{L}, {L}]>"},
+                constants,
+            )
+        return solve_tril_kernel, pointers("A out", fp32) | bounds, constants | {"A_desc": None}
     if name == "kkt_solve":
         given = pointers("k A" + " q P" * row["fused"], x) | pointers("g beta sums", fp32) | bounds
         width = {"BLOCK_SIZE_K": 16} if x == fp32 else whole_K
@@ -200,11 +207,13 @@ def test_forms_that_no_heuristic_asks_for():
         **launch_config("gdn_chunk_o", "sm_90", "bfloat16", 1, K=128, V=128, chunk_size=64),
     }
     h = {"kernel": "chunk_delta_h", **statics, "num_warps": 4, "BLOCK_SIZE_V": 32}
+    solve = {"kernel": "solve_tril", **statics, "num_warps": 8, "use_tma": True}
     rows = [
         o | {"HEADS": 2, "num_stages": 2}, o | {"V_FIRST": True}, o | {"h_dtype": "float32"},
         o | {"HEADS": 4, "BLOCK_SIZE_V": 64, "num_stages": 3, "num_warps": 4},
         *(h | {"num_stages": stages, "fused": fused} for stages in (2, 3) for fused in (False, True)),
         {"kernel": "recurrent", **statics, "state_dtype": "float32", "V_FIRST": True, "BLOCK_SIZE_V": 8, "num_warps": 1},
+        *(solve | {"chunk_size": L} for L in (16, 32, 64)),
     ]  # fmt: skip
     check("sm_90", rows)
 

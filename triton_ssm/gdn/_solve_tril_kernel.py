@@ -12,8 +12,9 @@ from ._invert import invert
 # Sizes that change from call to call must not key a compile: neither their divisibility nor their being 1.
 @triton.jit(do_not_specialize=["n_tokens", "n_chunks", "n_sequences"])
 def solve_tril_kernel(
-    A_ptr, out_ptr, cu_seqlens_ptr, n_tokens, n_chunks, n_sequences, H_V: tl.constexpr, BT: tl.constexpr
+    out_ptr, A_ptr, A_desc, cu_seqlens_ptr, n_tokens, n_chunks, n_sequences, H_V: tl.constexpr, BT: tl.constexpr
 ):  # fmt: skip
+    """A comes by its descriptor where there is one: of [B·T, H_V·BT], in tiles of [BT,BT]."""
     # Offsets are 64-bit: A may have more than 2^31 elements.
     slot = (tl.program_id(0) // H_V).to(tl.int64)
     h = tl.program_id(0) % H_V
@@ -25,5 +26,10 @@ def solve_tril_kernel(
     if padding:
         tl.store(out_ptr + offset, tl.zeros((BT, BT), out_ptr.dtype.element_ty), mask=i < length)
         return
-    A = tl.load(A_ptr + offset, mask=(j < i) & (i < length), other=0.0)
+    below = (j < i) & (i < length)
+    if A_desc is not None:
+        # The tile's last rows may be another sequence's.
+        A = tl.where(below, A_desc.load([(b * n_tokens + begin).to(tl.int32), h * BT]), 0.0)
+    else:
+        A = tl.load(A_ptr + offset, mask=below, other=0.0)
     tl.store(out_ptr + offset, invert(A, BT).to(out_ptr.dtype.element_ty), mask=(i < length) & (j < BT))

@@ -2,18 +2,24 @@
 
 fp32 throughout, by forward substitution over blocks; rounded once, to `out_dtype`.
 
+A can be read by the tensor memory accelerator, which gives the same bits: where the tuning table says `use_tma`, or the
+environment FLA_USE_TMA=1 as for the peer, and the tensor's own device has one (NVIDIA, compute capability 9.0 and up).
+
 Source: flash-linear-attention's operator of this name.
 """
 
+import os
 from typing import Any
 
 import torch
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ssm_configs import lookup
 from ssm_configs.config import Config
 from ssm_configs.contracts import gdn as contract
 
 from .. import _arguments
+from .._device import tuning_device
 from .._plans import Cache, Launcher, call_key
 from ._plan import Plan, make_plan
 from ._solve_tril_kernel import solve_tril_kernel
@@ -62,8 +68,27 @@ _PLANS: Cache[Plan] = Cache()
 def _launch(key, dims: contract.Dims, config: Config, A, cu_seqlens, inverse) -> None:
     # Of all packed tokens the padding may need one slot more. One axis, because the others stop at 65,535.
     grid = ((dims.B * dims.NC + dims.packed) * dims.H_v, 1, 1)
-    arguments = (A, inverse, cu_seqlens, dims.T, dims.NC, dims.N_seq)
-    _LAUNCH(key, grid, arguments, (dims.H_v, dims.L), config["num_warps"])
+    # Both are the same to the kernel's plan, and not to its compiled forms.
+    descriptor = _descriptor(A, dims) if config["use_tma"] or os.environ.get(_SWITCH) == "1" else None
+    pointer = A if descriptor is None else None
+    arguments = (inverse, pointer, descriptor, cu_seqlens, dims.T, dims.NC, dims.N_seq)
+    _LAUNCH((key, descriptor is None), grid, arguments, (dims.H_v, dims.L), config["num_warps"])
+
+
+_SWITCH = "FLA_USE_TMA"
+
+
+def _descriptor(A: torch.Tensor, dims: contract.Dims) -> TensorDescriptor | None:
+    """A chunk's rows of one head as a tile; None where there is no accelerator, or A is not for it."""
+    capability = tuning_device(A.device).capability
+    rows, columns = dims.B * dims.T, dims.H_v * dims.L
+    if capability is None or capability < (9, 0) or A.data_ptr() % 16 or rows > _MAX_ROWS:
+        return None
+    return TensorDescriptor(A, [rows, columns], [columns, 1], [dims.L, dims.L])
+
+
+# A tile's place is 32-bit, and the last one may reach over the end.
+_MAX_ROWS = 2**31 - 64
 
 
 def _plan(tensors) -> Plan:
