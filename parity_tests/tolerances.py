@@ -33,7 +33,6 @@ TOLERANCES: dict[tuple[str, str], Tolerance] = {
     ("ssd.chunk_state", "bfloat16"): Tolerance(3e-3, 6e-3, 1.7e-3),
     ("ssd.chunk_state", "float16"): Tolerance(4e-4, 8e-4, 2.1e-4),
     ("ssd.state_passing", "float32"): Tolerance(1e-6, 3e-6, 4.0e-8),
-    ("ssd.state_passing", "bfloat16"): Tolerance(2.4e-3, 4.0e-3, 0.0),
     ("ssd.state_passing", "float16"): Tolerance(3e-4, 5e-4, 1.8e-4),
     ("ssd.bmm_chunk", "float32"): Tolerance(1e-5, 3e-5, 1.4e-7),
     ("ssd.chunk_scan", "float32"): Tolerance(1e-5, 3e-5, 8.7e-8),
