@@ -32,16 +32,13 @@ class Cache[Value]:
 
 def call_key(tensors: Sequence[object], *options: Hashable) -> Hashable:
     """All that a check may look at. What is no tensor is known by its type, which is what it will be refused for."""
-    return (
-        torch.is_grad_enabled(),
-        options,
-        tuple(
-            (tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.requires_grad)
-            if isinstance(tensor, torch.Tensor)
-            else type(tensor)
-            for tensor in tensors
-        ),
-    )
+    seen = [
+        (tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.requires_grad)
+        if isinstance(tensor, torch.Tensor)
+        else type(tensor)
+        for tensor in tensors
+    ]
+    return torch.is_grad_enabled(), options, tuple(seen)
 
 
 class Launcher:
@@ -54,10 +51,10 @@ class Launcher:
     def __call__(
         self, key: Hashable, grid: tuple[int, int, int], arguments: tuple, constants: tuple, num_warps: int
     ) -> None:
-        # Triton specialises on the 16-byte alignment of every pointer, which no shape tells.
-        alignment = tuple(tensor.data_ptr() % 16 for tensor in arguments if isinstance(tensor, torch.Tensor))
-        # It specialises on integers, too, and a caller's `out` brings strides that the key of the call does not have.
-        integers = tuple(argument for argument in arguments if isinstance(argument, int))
+        # Triton specialises on the 16-byte alignment of every pointer, which no shape tells; and on integers, of which a
+        # caller's `out` brings some that the key of the call does not have. (Lists: generators cost twice the time.)
+        alignment = tuple([argument.data_ptr() % 16 for argument in arguments if isinstance(argument, torch.Tensor)])
+        integers = tuple([argument for argument in arguments if type(argument) is int])
         key = (key, alignment, integers, constants, num_warps)
         device = arguments[0].device
         if device.type == "cuda" and device.index != torch.cuda.current_device():
