@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 
@@ -69,17 +70,21 @@ def rows_by_architecture() -> dict[str, list[dict]]:
     return {arch: list(found.values()) for arch, found in rows.items()}
 
 
-def compile_rows(arch: str, rows: list[dict]) -> list[dict]:
+def compile_apart(*command: str, rows: Any) -> Any:
+    """What Python, so called and given `rows`, prints last: compilers in a process of their own."""
     # Neither the interpreter's settings nor a table in the environment belong in there.
     unwanted = ("TRITON_INTERPRET", "SSM_TUNED_CONFIG_FOLDER", "VLLM_TUNED_CONFIG_FOLDER")
     done = subprocess.run(
-        [sys.executable, "-m", "parity_tests.gates_mosaic", "--arch", arch, "--rows", "-"],
-        input=json.dumps(rows), capture_output=True, text=True,
+        [sys.executable, *command], input=json.dumps(rows), capture_output=True, text=True,
         env={name: value for name, value in os.environ.items() if name not in unwanted}
         | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def compile_rows(arch: str, rows: list[dict]) -> list[dict]:
+    return compile_apart("-m", "parity_tests.gates_mosaic", "--arch", arch, "--rows", "-", rows=rows)
 
 
 def check(arch: str, rows: list[dict]) -> list[dict]:

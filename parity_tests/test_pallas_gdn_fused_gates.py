@@ -1,12 +1,10 @@
 """The fused kernels of `chunk_gated_delta_rule` compile for the H200 without a GPU: registers, spills, shared memory."""
 
-import json
-import os
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
+
+from .test_pallas_gates import compile_apart
 
 SHARED_LIMIT = 232_448
 # Of an SM, of which a block takes 1 KB for itself; and registers.
@@ -57,16 +55,8 @@ def compile_rows(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def test_compiled_kernels_spill_nothing():
-    unwanted = ("TRITON_INTERPRET", "SSM_TUNED_CONFIG_FOLDER", "VLLM_TUNED_CONFIG_FOLDER")
-    code = f"import json; from {__name__} import *; print(json.dumps(compile_rows({ROWS!r})))"
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True, text=True,
-        env={name: value for name, value in os.environ.items() if name not in unwanted}
-        | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    for row, found in zip(ROWS, json.loads(done.stdout.splitlines()[-1]), strict=True):
+    code = f"import json, sys; from {__name__} import *; print(json.dumps(compile_rows(json.load(sys.stdin))))"
+    for row, found in zip(ROWS, compile_apart("-c", code, rows=ROWS), strict=True):
         assert set(found["kernels"]) == {"gdn_prepare", "gdn_loop"}
         assert not found["serialised"], (row, found)
         for kernel in found["kernels"].values():

@@ -2,10 +2,6 @@
 
 import functools
 import itertools
-import json
-import os
-import subprocess
-import sys
 from typing import Any
 
 import jax
@@ -19,6 +15,7 @@ import pallas_ssm.gdn
 
 from .interpret_mosaic import interpreted
 from .oracle import gdn as oracle
+from .test_pallas_gates import compile_apart
 from .test_pallas_gdn import STAGE, draw, relative, same
 
 gdn: Any = pallas_ssm.gdn  # NumPy's arrays are as good as JAX's
@@ -188,16 +185,8 @@ def compile_rows(rows: list[dict[str, Any]]) -> list[dict[str, int]]:
 
 
 def test_compiled_kernels_spill_nothing():
-    unwanted = ("TRITON_INTERPRET", "SSM_TUNED_CONFIG_FOLDER", "VLLM_TUNED_CONFIG_FOLDER")
-    code = f"import json; from {__name__} import *; print(json.dumps(compile_rows({COMPILED!r})))"
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True, text=True,
-        env={name: value for name, value in os.environ.items() if name not in unwanted}
-        | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    results = json.loads(done.stdout.splitlines()[-1])
+    code = f"import json, sys; from {__name__} import *; print(json.dumps(compile_rows(json.load(sys.stdin))))"
+    results = compile_apart("-c", code, rows=COMPILED)
     for row, result in zip(COMPILED, results, strict=True):
         assert result["spill_bytes"] == result["stack_bytes"] == 0, (row, result)
         assert 0 < result["registers"] <= 255 and result["shared_bytes"] <= SHARED_LIMIT, (row, result)

@@ -1,11 +1,8 @@
 """The fused scan's kernels compile for the H200 without a GPU: registers, spills, shared memory, nothing copied beside them."""
 
-import json
-import os
-import subprocess
-import sys
-
 import pytest
+
+from .test_pallas_gates import compile_rows
 
 SHARED_LIMIT = 232_448
 # Whole warpgroups of one block share 65,536 registers: three have 168 each, four 128; the end states' two take what they need.
@@ -36,16 +33,7 @@ ROWS = [
 
 @pytest.fixture(scope="module")
 def compiled() -> list[dict]:
-    # Neither the interpreter's settings nor a table in the environment belong in there.
-    unwanted = ("TRITON_INTERPRET", "SSM_TUNED_CONFIG_FOLDER", "VLLM_TUNED_CONFIG_FOLDER")
-    done = subprocess.run(
-        [sys.executable, "-m", "parity_tests.gates_mosaic", "--arch", "sm_90a", "--rows", "-"],
-        input=json.dumps([BASE | row for row in ROWS]), capture_output=True, text=True,
-        env={name: value for name, value in os.environ.items() if name not in unwanted}
-        | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads(done.stdout)
+    return compile_rows("sm_90a", [BASE | row for row in ROWS])
 
 
 @pytest.mark.parametrize("i", range(len(ROWS)), ids=[str(row) for row in ROWS])

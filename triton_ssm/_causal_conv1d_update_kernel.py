@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from ._causal_conv1d_window import convolve, load_taps
+from ._slots import is_slot
 
 
 # Sizes that change from call to call must not key a compile: neither their divisibility nor their being 1; nor where
@@ -42,7 +43,7 @@ def causal_conv1d_update_kernel(
         windows = ()
         for i in tl.static_range(BLOCK_SIZE_B):
             offset = _history(accepted_ptr, first + i, first + i < n_sequences, L, W)
-            keep = mask & _is_slot(slots[i], null_slot, n_slots)
+            keep = mask & is_slot(slots[i], null_slot, n_slots)
             rows = state_ptr + slots[i] * slot_stride + d
             windows += (_load_window(rows + (offset + W - 2) * row_stride, row_stride, keep, W),)
         # Only now the taps, for taking them apart waits for them: the states and the tokens are on their way already.
@@ -53,7 +54,7 @@ def causal_conv1d_update_kernel(
             n = first + i
             slot, x = slots[i], tokens[i]
             p1, p2, p3, p4, p5 = windows[i]
-            live = _is_slot(slot, null_slot, n_slots)
+            live = is_slot(slot, null_slot, n_slots)
             y = convolve(x, p1, p2, p3, p4, p5, w0, w1, w2, w3, w4, w5, bias, W, SILU)
             y = tl.where(live, y, _fill(slot, null_slot)).to(y_ptr.dtype.element_ty)
             tl.store(y_ptr + n * y_stride + d, y, mask=mask & (n < n_sequences))
@@ -71,7 +72,7 @@ def causal_conv1d_update_kernel(
 
         some = begin < end
         slot = _load_slot(slots_ptr, n, some)
-        live = _is_slot(slot, null_slot, n_slots)
+        live = is_slot(slot, null_slot, n_slots)
         keep = mask & live
         rows = state_ptr + slot * slot_stride + d
         offset = _history(accepted_ptr, n, some, L, W)
@@ -102,11 +103,6 @@ def _load_slot(slots_ptr, n, some):
     else:
         slot = tl.load(slots_ptr + n, mask=some, other=-1).to(tl.int64)
     return slot
-
-
-@triton.jit
-def _is_slot(slot, null_slot, n_slots):
-    return (slot >= 0) & (slot != null_slot) & (slot < n_slots)
 
 
 @triton.jit

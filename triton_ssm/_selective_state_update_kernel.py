@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from ._numerics import exp, silu, softplus
+from ._slots import is_slot
 from ._stochastic_rounding import random_bits, stochastic_round
 
 
@@ -78,11 +79,6 @@ def _store_state(
     tl.store(state_ptr + slot * slot_stride + tile, rounded, mask=mask)
 
 
-@triton.jit
-def _is_slot(slot, null_slot, n_slots):
-    return (slot >= 0) & (slot != null_slot) & (slot < n_slots)
-
-
 # Sizes that change from call to call must not key a compile: neither their divisibility nor their being 1; nor where
 # an index array begins, which may be a slice of the batch's.
 @triton.jit(
@@ -141,7 +137,7 @@ def selective_state_update_kernel(
     if not SPECULATIVE and target_ptr is not None:
         target = tl.load(target_ptr + n, mask=some, other=-1).to(tl.int64)
     padding = (slot < 0) | (slot == null_slot)
-    live = _is_slot(slot, null_slot, n_slots)
+    live = is_slot(slot, null_slot, n_slots)
     if not SPECULATIVE:
         live = live & (target < n_slots)
 
@@ -177,10 +173,10 @@ def selective_state_update_kernel(
                 to = tl.load((source_ptr if target_ptr is None else target_ptr) + n * T_MAX + (t - begin),
                              mask=t - begin < T_MAX, other=-1).to(tl.int64)  # fmt: skip
                 good = live & (to < n_slots)
-                _store_state(state_ptr, state, tile, in_tile & live & _is_slot(to, null_slot, n_slots), to, slot_stride,
+                _store_state(state_ptr, state, tile, in_tile & live & is_slot(to, null_slot, n_slots), to, slot_stride,
                              row, seed_ptr, H, P, BLOCK_SIZE_M, BLOCK_SIZE_N)  # fmt: skip
             y = tl.where(good, y, tl.where(padding, 0.0, float("nan")))
             tl.store(y_ptr + t * y_stride + row, y.to(y_ptr.dtype.element_ty), mask=in_headdim)
     if cu_seqlens_ptr is None or not SPECULATIVE:
-        _store_state(state_ptr, state, tile, in_tile & live & some & _is_slot(target, null_slot, n_slots), target,
+        _store_state(state_ptr, state, tile, in_tile & live & some & is_slot(target, null_slot, n_slots), target,
                      slot_stride, row, seed_ptr, H, P, BLOCK_SIZE_M, BLOCK_SIZE_N)  # fmt: skip

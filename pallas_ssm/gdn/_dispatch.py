@@ -135,7 +135,6 @@ def choose(prepared: Prepared, implementation: str | None) -> Choice:
     op, static, where = prepared.op, prepared.static, target(prepared.arrays.values())
     if implementation == "xla":
         return Choice("xla", "asked for", where)
-    request = None
     try:
         device = check_device(where, op)
         dims = static.dims
@@ -152,9 +151,9 @@ def choose(prepared: Prepared, implementation: str | None) -> Choice:
     except Unsupported as error:
         if implementation is not None:
             raise
-        return Choice("xla", str(error).removeprefix(f"{op}: "), where, request=request)
+        return Choice("xla", str(error).removeprefix(f"{op}: "), where)
     reason = "asked for" if implementation else f"the kernel takes this call on {device.name}"
-    return Choice("mosaic_gpu", reason, where, launch, request)
+    return Choice("mosaic_gpu", reason, where, launch)
 
 
 def run(prepared: Prepared, implementation: str | None) -> Any:

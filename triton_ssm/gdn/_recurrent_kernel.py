@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from .._numerics import exp, softplus
+from .._slots import is_slot
 from ._l2norm_kernel import unit
 
 
@@ -46,11 +47,6 @@ def _step(state, q, k, value, decay, beta, scale):
     fresh = beta * (value - tl.sum(state * k[:, None], axis=0))
     state += k[:, None] * fresh[None, :]
     return state, tl.sum(state * q[:, None], axis=0) * scale
-
-
-@triton.jit
-def _is_slot(slot, null_slot, n_slots):
-    return (slot >= 0) & (slot != null_slot) & (slot < n_slots)
 
 
 # Sizes that change from call to call must not key a compile: neither their divisibility nor their being 1; nor where
@@ -112,7 +108,7 @@ def fused_recurrent_gated_delta_rule_kernel(
     if not SPECULATIVE and target_ptr is not None:
         target = tl.load(target_ptr + n, mask=some, other=-1).to(tl.int64)
     padding = (slot < 0) | (slot == null_slot)
-    live = _is_slot(slot, null_slot, n_slots)
+    live = is_slot(slot, null_slot, n_slots)
     if not SPECULATIVE:
         live = live & (target < n_slots)
     A = 0.0
@@ -146,9 +142,9 @@ def fused_recurrent_gated_delta_rule_kernel(
                              mask=t - begin < T_MAX, other=-1).to(tl.int64)  # fmt: skip
                 good = live & (to < n_slots)
                 tl.store(state_ptr + to * slot_stride + element, state.to(state_ptr.dtype.element_ty),
-                         mask=in_state & live & _is_slot(to, null_slot, n_slots))  # fmt: skip
+                         mask=in_state & live & is_slot(to, null_slot, n_slots))  # fmt: skip
             o = tl.where(good, o, tl.where(padding, 0.0, float("nan")))
             tl.store(o_ptr + t * o_stride + row, o.to(o_ptr.dtype.element_ty), mask=in_V)
     if cu_seqlens_ptr is None or not SPECULATIVE:
         tl.store(state_ptr + target * slot_stride + element, state.to(state_ptr.dtype.element_ty),
-                 mask=in_state & live & some & _is_slot(target, null_slot, n_slots))  # fmt: skip
+                 mask=in_state & live & some & is_slot(target, null_slot, n_slots))  # fmt: skip
