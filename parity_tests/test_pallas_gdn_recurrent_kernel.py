@@ -191,15 +191,15 @@ def test_which_implementation_and_why():
     with interpreted():
         chosen = pallas_ssm.explain(OP, *arguments, **keywords)
         packed, options = draw(small(lengths=(1, 2, 1)))
-        unchecked = pallas_ssm.explain(OP, *packed, **options)
-        asked = pallas_ssm.explain(OP, *packed, **options, implementation="mosaic_gpu")
+        with_bounds = pallas_ssm.explain(OP, *packed, **options)
+        asked = pallas_ssm.explain(OP, *packed, **options, implementation="xla")
         odd, keywords = draw(small(dims={"K": 17, "V": 5}))
         refused = r"finds no register layout for a \[K=17, V=5\] float32 state"
         with pytest.raises(NotImplementedError, match=f"{OP}: the mosaic_gpu kernel {refused}"):
             update(*odd, **keywords, implementation="mosaic_gpu")
     assert chosen.implementation == "mosaic_gpu" and chosen.launch is not None
-    assert unchecked.implementation == "xla" and "has not been checked on a GPU yet" in unchecked.reason
-    assert asked.implementation == "mosaic_gpu" and asked.launch is not None
+    assert with_bounds.implementation == "mosaic_gpu" and with_bounds.launch is not None
+    assert asked.implementation == "xla" and asked.reason == "asked for"
     with pytest.raises(NotImplementedError, match=f"{OP}: the mosaic_gpu kernel does not run on a CPU outside"):
         update(*odd, **keywords, implementation="mosaic_gpu")
 

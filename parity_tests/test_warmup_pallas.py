@@ -48,6 +48,22 @@ def test_serving_compiles_nothing():
     assert kinds == {"prefill", "decode", "speculative", "training"}
 
 
+def test_a_program_outlives_the_traces_of_those_after_it():
+    """JAX keeps 2,048 traces, and a program with kernels takes dozens."""
+
+    steps = [jax.jit(lambda x, n=n: x + n) for n in range(2100)]
+
+    def nested(x):
+        for step in steps:
+            x = step(x)
+        return x
+
+    first, then, x = jax.jit(lambda x: x + 1), jax.jit(nested), np.zeros(3, np.float32)
+    pallas_ssm.warmup(None, programs=[(first, (x,)), (then, (x,))], **SIZES)
+    with pallas_ssm.forbid_compiles():
+        first(x)
+
+
 def test_serving_without_warmup_is_refused():
     traffic = Traffic(0, max_prompt=40, max_prefills=2, **SIZES)
     server = JaxServer(DIMS, traffic)

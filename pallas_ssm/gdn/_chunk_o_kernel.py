@@ -73,7 +73,8 @@ def run(static: Static, launch: Launch, floats: Floats, cu_seqlens: jax.Array | 
     gates = -(-(heads + (_GATES - 1 if heads % _GATES else 0)) // 8) * 8
     if "g" in floats:
         columns = max(gates, -(-dims.H_v // _GATES) * _GATES)
-        arrays["g"] = jnp.pad(floats["g"], ((0, 0), (0, 0), (0, columns - dims.H_v)))
+        # Whole tiles of 8 rows: Mosaic GPU may lay g out so in shared memory.
+        arrays["g"] = jnp.pad(floats["g"], ((0, 0), (0, -dims.T % 8), (0, columns - dims.H_v)))
     if cu_seqlens is not None:
         arrays["cu_seqlens"] = cu_seqlens
     decay = Gate(None, static.gate_base).exp

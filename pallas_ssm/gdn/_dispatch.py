@@ -142,11 +142,6 @@ def choose(prepared: Prepared, implementation: str | None) -> Choice:
             return Choice("xla", "there is no token", where)
         if static.op not in KERNELS:
             raise Unsupported(f"{op}: there is no mosaic_gpu kernel of this operator; use implementation='xla' or None")
-        if implementation is None and static.op == "chunk_o" and dims.packed:
-            # Checked in the interpreter and by the compiler alone.
-            raise Unsupported(
-                f"{op}: packed, the kernel has not been checked on a GPU yet; implementation='mosaic_gpu' asks for it"
-            )
         launch = KERNELS[static.op].plan(static, prepared.arrays, device)
     except Unsupported as error:
         if implementation is not None:

@@ -78,10 +78,6 @@ def prepare(
     return Prepared(static, given)
 
 
-# What the kernel does with these has been checked in the interpreter and by the compiler alone.
-_UNCHECKED = ("cu_seqlens", "num_accepted_tokens")
-
-
 def choose(prepared: Prepared, implementation: str | None) -> Choice:
     """Which implementation runs the call; `Unsupported` where it was asked for and cannot."""
     check_implementation(implementation)
@@ -94,11 +90,6 @@ def choose(prepared: Prepared, implementation: str | None) -> Choice:
         dims = prepared.static.dims
         if dims.T == 0 or dims.N_seq == 0:
             return Choice("xla", "there is no token", where)
-        if implementation is None and not prepared.arrays.keys().isdisjoint(_UNCHECKED):
-            raise Unsupported(
-                f"{OP}: with {' or '.join(_UNCHECKED)} the kernel has not been checked on a GPU yet; "
-                "implementation='mosaic_gpu' asks for it"
-            )
         state_dtype = prepared.arrays["state"].dtype
         request = config_request(dims, state_dtype, device)
         knobs = ssm_configs.lookup(OP, **request)
