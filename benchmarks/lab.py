@@ -11,6 +11,7 @@ from parity_tests.cases import Case
 from ssm_configs.spec import Knobs
 
 from . import gate
+from .alone import alone
 from .implementations import Implementation, JaxOperands, TorchOperands
 from .op import BenchOp, Storage, draw
 from .timing import Call, Clock, Sample
@@ -64,15 +65,16 @@ class Lab:
         """(what is wrong or None, relative error of each result) after one call on fresh operands."""
         try:
             call = self.call(case, knobs)
-            self._operands.reset()
-            call.issue()
-            call.wait()
+            with alone():
+                self._operands.reset()
+                call.issue()
+                call.wait()
         except torch.AcceleratorError:
             raise  # the context is lost, and with it every later measurement
         except Exception as error:
             return _describe(error), {}
-        results = self._operands.results()
-        found = gate.errors(self.op, case, self._initial, results)
+        with alone():
+            found = gate.errors(self.op, case, self._initial, self._operands.results())
         wrong = gate.verdict(self.op, case, found, self.implementation.slack)
         return wrong, {name: error.relative for name, error in found.items()}
 
@@ -87,11 +89,12 @@ class Lab:
             raise compiled
         if self._case is not case:
             self._release()
-            self._initial = draw(self.op, case, self._storage)
-            if self.implementation.framework == "jax":
-                self._operands = JaxOperands(self.op, self._initial)
-            else:
-                self._operands = TorchOperands(self.op, case, self._initial, self._storage)
+            with alone():
+                self._initial = draw(self.op, case, self._storage)
+                if self.implementation.framework == "jax":
+                    self._operands = JaxOperands(self.op, self._initial)
+                else:
+                    self._operands = TorchOperands(self.op, case, self._initial, self._storage)
             self._case = case
         return self.implementation.bind(self.op, self._operands, compiled, knobs)
 

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 import torch
 
+from .alone import alone
 from .events import AttributionError, CallActivity, DeviceEvent, attribute
 
 _WARM_UP = 2
@@ -77,6 +78,7 @@ class KinetoClock:
     def supports(self, framework: str) -> bool:
         return True
 
+    @alone()
     def cold_us(self, calls: Sequence[Call], repeats: int) -> list[Sample]:
         for call in calls:
             for _ in range(_WARM_UP):
@@ -119,6 +121,7 @@ class EventsClock:
     def supports(self, framework: str) -> bool:
         return framework == "torch"
 
+    @alone()
     def cold_us(self, calls: Sequence[Call], repeats: int) -> list[Sample]:
         if unseen := [call.label for call in calls if not self.supports(call.framework)]:
             raise ClockError(f"--clock events cannot time JAX: {', '.join(unseen)}")

@@ -121,8 +121,8 @@ def _job(name: str, function: Any, arguments: tuple[Any, ...], named: Any = None
 
 
 def _remember(job: Job) -> None:
-    """JAX keeps its last 2,048 traces, of which a program with kernels takes dozens: that of the first may have been given up for
-    those within the others. Asking once more finds what was compiled and makes it the last that is given up."""
+    """JAX keeps its last 2,048 traces, and a program with kernels takes dozens: the first one's may have been given up for
+    those within the others. Asking once more finds what was compiled, and makes it the last to be given up."""
     job.run(*(() if job.prepare is None else (job.prepare(),)))
 
 

@@ -1,8 +1,10 @@
 """The clock's arithmetic, on event lists as the profiler gives them."""
 
+import fcntl
+
 import pytest
 
-from benchmarks import timing
+from benchmarks import alone, timing
 from benchmarks.events import AttributionError, DeviceEvent, attribute
 
 FLUSH = "void at::native::vectorized_elementwise_kernel<4, at::native::FillFunctor<short>>"
@@ -92,3 +94,32 @@ def test_host_time_excludes_the_wait():
     slow = timing.Call("slow", "torch", lambda: issued.append(None), lambda: time.sleep(0.01))
     assert timing.host_us(slow, calls=30) < 1_000
     assert len(issued) == 30
+
+
+def test_one_measures_at_a_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(alone, "lock_file", lambda: tmp_path / "lock")
+
+    def is_free() -> bool:
+        with (tmp_path / "lock").open("a") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return False
+        return True
+
+    with alone.alone():
+        assert not is_free()
+    assert is_free()
+    held = []
+
+    class Clock(timing.EventsClock):
+        def __init__(self):
+            self._flush = lambda: held.append(not is_free())
+
+        def supports(self, framework: str) -> bool:
+            held.append(not is_free())
+            return False
+
+    with pytest.raises(timing.ClockError):
+        Clock().cold_us([timing.Call("x", "jax", lambda: None, lambda: None)], 1)
+    assert held and all(held)
