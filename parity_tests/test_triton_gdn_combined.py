@@ -1,12 +1,13 @@
-"""`triton_ssm.chunk_gated_delta_rule` in the interpreter against the recurrence in float64, by both of its paths."""
+"""`triton_ssm.chunk_gated_delta_rule` in the interpreter, which runs its stages, against the recurrence in float64."""
 
 import ast
+import dataclasses
 import inspect
 import math
 import textwrap
-from collections.abc import Iterator
 from importlib import import_module
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -16,7 +17,12 @@ from hypothesis import strategies as st
 
 import triton_ssm
 from ssm_configs import override
+from ssm_configs.contracts.gdn import Dims
 from triton_ssm._plans import Launcher
+from triton_ssm.gdn import _loop, _prepare
+from triton_ssm.gdn._loop_kernel import gdn_loop_kernel
+from triton_ssm.gdn._prepare_kernel import gdn_prepare_kernel
+from triton_ssm.ssd import _fused_gluon
 
 from .compare import error
 from .oracle import gdn as oracle
@@ -39,18 +45,6 @@ pytestmark = [
 # Of the whole chain, with its rounded intermediates.
 LIMITS = {"float32": (2e-6, 8e-6), "bfloat16": (8e-3, 2e-2), "float16": (1e-3, 2.5e-3)}
 TENSORS = ("q", "k", "v", "g", "beta")
-
-
-def path(fused: bool, BLOCK_SIZE_V: int = 32):
-    return override(
-        OP, FUSED=fused, BLOCK_SIZE_V=BLOCK_SIZE_V, num_warps=8, num_stages=2, kkt_num_warps=4
-    )  # fmt: skip
-
-
-@pytest.fixture(params=[False, True], ids=["staged", "fused"])
-def fused(request: pytest.FixtureRequest) -> Iterator[bool]:
-    with path(request.param):
-        yield request.param
 
 
 def run(given: dict[str, Any], **options: Any) -> tuple[np.ndarray, np.ndarray]:
@@ -80,12 +74,12 @@ def check(given: dict[str, Any], times: float = 1.0, **options: Any) -> None:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("L", [16, 32, 64])
-def test_packed(L, dtype, fused):
+def test_packed(L, dtype):
     given = draw((17, 0, 70, 1, 33), tail=9, packed=True, dtype=dtype, H_k=2, H_v=4)
     check(poison(given, slice(121, None)), chunk_size=L)
 
 
-def test_dense_options(fused):
+def test_dense_options():
     given = draw((75,), B=2, H_k=1, H_v=3, K=20, V=40, dtype="bfloat16", initial=False)
     check(given)
     check(given, use_qk_l2norm=True, scale=0.5, chunk_size=16)
@@ -106,23 +100,95 @@ def test_drawn(data):
         B=1 if packed else data.draw(st.integers(1, 2)), dtype=data.draw(st.sampled_from(["float32", "float16"])),
         initial=data.draw(st.booleans()), seed=data.draw(st.integers(0, 99)), rise=data.draw(st.sampled_from([0.0, 0.2])),
     )  # fmt: skip
-    with path(data.draw(st.booleans()), BLOCK_SIZE_V=16):
-        check(given, 8.0, chunk_size=data.draw(st.sampled_from([16, 32])), use_qk_l2norm=data.draw(st.booleans()))
+    check(given, 8.0, chunk_size=data.draw(st.sampled_from([16, 32])), use_qk_l2norm=data.draw(st.booleans()))
 
 
-def test_both_paths_agree():
-    """They round at the same points; only sums of fp32 are taken in another order."""
-    given = draw((50, 20), packed=True, dtype="bfloat16", H_k=2, H_v=4)
-    found = []
+def test_where_the_fused_kernels_take_no_call_the_stages_run(monkeypatch):
+    """Whatever the table says: here nothing can run them, elsewhere dtype, sizes or device may be others."""
+    launched = []
+
+    def record(self, key, grid, arguments, constants, num_warps):
+        launched.append(self._kernel.fn.__name__)
+
+    monkeypatch.setattr(Launcher, "_launch", record)
+    given = draw((50,), dtype="bfloat16", K=64, V=64)
     for fused in (False, True):
-        with path(fused):
-            found.append(run(given, chunk_size=16, use_qk_l2norm=True))
-    for one, other in zip(*found, strict=True):
-        assert error(one, other).within(1e-3, 4e-3)
+        launched.clear()
+        with override(OP, FUSED=fused):
+            run(given)
+        assert launched == ["kkt_solve_kernel", "recompute_w_u_kernel", "chunk_delta_h_kernel", "chunk_o_kernel"]
+
+
+SERVED = Dims(B=1, T=100, H_k=1, H_v=2, K=128, V=128, L=64, NC=2, N_seq=1, packed=False)
+UNSERVED: list[dict[str, Any]] = [
+    {"T": 0}, {"N_seq": 0, "packed": True}, {"L": 32}, {"K": 96}, {"K": 256}, {"V": 96}, {"V": 320},
+    {"B": 2**10, "T": 2**20, "NC": 2**14},  # 2^31 rows of w
+]  # fmt: skip
+
+
+def served(dims: Dims, dtype: torch.dtype = torch.bfloat16, address: int = 16, device: str = "cuda") -> bool:
+    """Of an output that is nowhere."""
+    o = SimpleNamespace(
+        device=torch.device(device),
+        dtype=dtype,
+        numel=lambda: dims.B * dims.T * dims.H_v * dims.V,
+        data_ptr=lambda: address,
+    )
+    return _loop.serves(dims, cast(torch.Tensor, o))
+
+
+def test_which_calls_the_fused_kernels_take(monkeypatch):
+    assert not served(SERVED), "in the interpreter"
+    monkeypatch.setattr(
+        _prepare, "triton", SimpleNamespace(knobs=SimpleNamespace(runtime=SimpleNamespace(interpret=False)))
+    )
+    monkeypatch.setattr(_fused_gluon, "_is_hopper", lambda index: True)
+    assert served(SERVED) and served(dataclasses.replace(SERVED, K=64, V=64), torch.float16)
+    assert not served(SERVED, torch.float32) and not served(SERVED, address=8) and not served(SERVED, device="cpu")
+    for change in UNSERVED:
+        assert not served(dataclasses.replace(SERVED, **change)), change
+    monkeypatch.setattr(_fused_gluon, "_is_hopper", lambda index: False)
+    assert not served(SERVED)
+
+
+@pytest.mark.parametrize("sms", [4, 132])
+@pytest.mark.parametrize("packed", [False, True])
+def test_what_the_fused_kernels_are_given(monkeypatch, packed, sms):
+    """Every argument at its parameter's place, and tiles that divide the tensors they are of."""
+    launched: dict[str, dict[str, Any]] = {}
+
+    def record(self, key, grid, arguments, constants, num_warps):
+        names = [argument.arg for argument in definition(kernels[self]).args.args]
+        launched[names[0]] = dict(zip(names, (*arguments, *constants), strict=True)) | {"grid": grid}
+
+    kernels = {_loop._LOOP: gdn_loop_kernel, _prepare._PREPARE: gdn_prepare_kernel}
+    monkeypatch.setattr(_loop, "serves", lambda dims, o: True)
+    monkeypatch.setattr(_loop, "_SMS", sms)
+    monkeypatch.setattr(Launcher, "_launch", record)
+    given = draw((70, 0, 3) if packed else (73,), packed=packed, B=1, H_k=2, H_v=4, K=64, V=128, dtype="bfloat16")
+    with override(OP, FUSED=True, HEADS=2, num_stages=4):
+        run(given, use_qk_l2norm=True)
+    prepare, loop = launched["q_ptr"], launched["o_ptr"]
+    slots = 73 // 64 + 3 if packed else 2
+    assert prepare["grid"] == (slots * 2, 1, 1) and loop["grid"] == (
+        (3 + 1 if packed else 1) * 4 * (2 if sms == 132 else 1),
+        1,
+        1,
+    )
+    widths = {"q": (2, 64, 64), "k": (2, 64, 64), "w": (4, 64, 64), "u": (4, 128, 64), "P": (4, 64, 64)}
+    for name, (heads, width, block) in widths.items():
+        tiles = loop[f"{name}_desc"]
+        assert tiles.base is prepare[f"{name}_out_ptr" if name in "qk" else f"{name}_ptr"]
+        assert (tiles.shape, tiles.block_shape) == ([slots * heads * 64, width], [64, block]), name
+    assert loop["gates_desc"].base is prepare["gates_ptr"] and loop["gates_desc"].shape == [slots * 4, 128]
+    assert loop["o_desc"].base is loop["o_ptr"] and loop["o_desc"].shape == [73, 4 * 128]
+    sizes = {name: loop[name] for name in ("n_tokens", "n_sequences", "H_K", "H_V", "K", "V", "WARPGROUPS", "STAGES")}
+    assert list(sizes.values()) == [73, 3 if packed else 1, 2, 4, 64, 128, 1 if sms == 132 else 2, 4]
+    assert loop["scale"] == 64**-0.5 and loop["final_ptr"].shape == loop["initial_ptr"].shape
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_neighbours_and_padding_reach_nobody(value, fused):
+def test_neighbours_and_padding_reach_nobody(value):
     given = draw((20, 30, 5), packed=True, tail=20, dtype="bfloat16")
     spoilt = poison(poison(given, slice(20, 50), value), slice(55, 75), value)
     (o, final), (bad_o, bad_final) = run(given, chunk_size=16), run(spoilt, chunk_size=16)
@@ -132,7 +198,7 @@ def test_neighbours_and_padding_reach_nobody(value, fused):
     assert final[[0, 2]].tobytes() == bad_final[[0, 2]].tobytes()
 
 
-def test_packing_changes_no_bit_of_a_sequence(fused):
+def test_packing_changes_no_bit_of_a_sequence():
     given = draw((20, 0, 30, 5), packed=True, tail=3, dtype="bfloat16")
     o, final = run(given, chunk_size=16, use_qk_l2norm=True)
     for n, (begin, end) in enumerate(((0, 20), (20, 20), (20, 50), (50, 55))):
@@ -142,7 +208,7 @@ def test_packing_changes_no_bit_of_a_sequence(fused):
         assert one_o[0].tobytes() == o[0, begin:end].tobytes() and one_final[0].tobytes() == final[n].tobytes()
 
 
-def test_a_prompt_resumed_at_a_chunk_gives_the_same_bits(fused):
+def test_a_prompt_resumed_at_a_chunk_gives_the_same_bits():
     given = draw((50,), dtype="bfloat16", initial=False)
     o, final = run(given, chunk_size=16)
     first = {name: given[name][:, :32] for name in TENSORS} | {"initial_state": None, "cu_seqlens": None}
@@ -153,7 +219,7 @@ def test_a_prompt_resumed_at_a_chunk_gives_the_same_bits(fused):
 
 
 @pytest.mark.parametrize("noise", [0.0, 1e-3, 0.3])
-def test_keys_that_resemble_each_other(noise, fused):
+def test_keys_that_resemble_each_other(noise):
     """Full strength and hardly any decay: what the inverse must survive. In fp32 no digit more is lost than elsewhere."""
     T = 130
     given = draw((T,), H_v=1, K=64)
@@ -163,7 +229,7 @@ def test_keys_that_resemble_each_other(noise, fused):
     check(given)
 
 
-def test_out_and_no_final_state(fused):
+def test_out_and_no_final_state():
     given = draw((20,), dtype="bfloat16", initial=False)
     tensors = [to_torch(given[name], "cpu") for name in TENSORS]
     expected, none = triton_ssm.chunk_gated_delta_rule(*tensors)
@@ -172,7 +238,7 @@ def test_out_and_no_final_state(fused):
     assert none is None and o is out and torch.equal(o, expected)
 
 
-def test_views_of_one_projection(fused):
+def test_views_of_one_projection():
     given = draw((40,), H_k=2, H_v=2, K=16, V=16, dtype="bfloat16")
     wide = torch.full((1, 40, 101), float("nan"), dtype=torch.bfloat16)
     views = []
@@ -189,7 +255,7 @@ def test_views_of_one_projection(fused):
         assert torch.equal(o, dense)
 
 
-def test_nothing_is_work_too(fused):
+def test_nothing_is_work_too():
     for nothing in (draw((), packed=True), draw((0, 0), packed=True), draw((), packed=True, tail=20), draw((0,))):
         o, final = run(nothing, use_qk_l2norm=True)
         assert not o.any() and np.array_equal(final, nothing["initial_state"])
@@ -200,7 +266,7 @@ def test_explain_takes_the_call_and_says_what_it_would_launch():
     tensors = [to_torch(given[name], "cpu") for name in TENSORS]
     said = str(triton_ssm.explain(OP, *tensors, use_qk_l2norm=True))
     assert "K=16, V=32, chunk_size=64, float32, size 2 = sequences x value heads" in said
-    with path(True):
+    with override(OP, FUSED=True):
         assert triton_ssm.explain(OP, *tensors).config["FUSED"] is True
     for stage, arguments in (
         ("chunk_local_cumsum", (tensors[3],)), ("chunk_scaled_dot_kkt", (tensors[1], tensors[4])),
@@ -250,8 +316,9 @@ def test_a_gradient_is_refused_and_not_dropped():
 
 
 KERNELS = (
-    "_chunk_delta_h_kernel", "_chunk_local_cumsum_kernel", "_chunk_o_kernel", "_chunk_scaled_dot_kkt_kernel", "_invert",
-    "_kkt_solve_kernel", "_l2norm_kernel", "_pairs", "_recompute_w_u_kernel", "_recurrent_kernel", "_solve_tril_kernel",
+    "_chunk_delta_h_kernel", "_chunk_local_cumsum_kernel", "_chunk_o_gluon_kernel", "_chunk_o_kernel",
+    "_chunk_scaled_dot_kkt_kernel", "_invert", "_kkt_solve_kernel", "_l2norm_kernel", "_loop_kernel", "_pairs",
+    "_prepare_inverse", "_prepare_kernel", "_recompute_w_u_kernel", "_recurrent_kernel", "_solve_tril_kernel",
 )  # fmt: skip
 
 
@@ -287,7 +354,7 @@ def unspecialised(function: Any) -> set[str]:
     return set()
 
 
-def test_lengths_and_packings_share_their_compiled_kernels(monkeypatch, fused):
+def test_lengths_and_packings_share_their_compiled_kernels(monkeypatch):
     """What Triton would compile anew for: constants, options, types, and the classes of integers that it specialises on."""
     variants: dict[str, set[Any]] = {}
 
@@ -315,6 +382,6 @@ def test_lengths_and_packings_share_their_compiled_kernels(monkeypatch, fused):
             for B in (1, 2):
                 if not packed:
                     run(draw((T,), B=B, H_v=2, dtype="bfloat16"), chunk_size=16, use_qk_l2norm=True)
-    assert len(variants) == (4 if fused else 5)
+    assert len(variants) == 5
     # Dense and packed; norms do not know of sequences.
     assert {name: len(found) for name, found in variants.items()} == dict.fromkeys(variants, 2) | {"l2norm_kernel": 1}

@@ -51,10 +51,7 @@ def heuristic_rows(arch: str, K: int = 128, V: int = 128, L: int = 64, dtype: st
             {"kernel": "chunk_delta_h", **common, **launch_config("gdn_chunk_delta_h", arch, dtype, states, **statics)}
         )
         knobs = launch_config("chunk_gated_delta_rule", arch, dtype, states, **statics)
-        fused, solve = knobs.pop("FUSED"), knobs.pop("kkt_num_warps")
-        rows.append({"kernel": "kkt_solve", **common, "fused": fused, "num_warps": solve})
-        if fused:
-            rows.append({"kernel": "chunk_delta_h", **common, "fused": True, **knobs})
+        rows.append({"kernel": "kkt_solve", **common, "num_warps": knobs["kkt_num_warps"]})
     for state_dtype in ("float32", "bfloat16"):
         knobs = launch_config("fused_recurrent_gated_delta_rule", arch, state_dtype, 64 * H_V, K=K, V=V)
         rows.append({"kernel": "recurrent", **common, "state_dtype": state_dtype, **knobs})
@@ -100,7 +97,7 @@ def source(row: Mapping[str, Any]) -> Any:
             )
         return solve_tril_kernel, pointers("A out", fp32) | bounds, constants | {"A_desc": None}
     if name == "kkt_solve":
-        given = pointers("k A" + " q P" * row["fused"], x) | pointers("g beta sums", fp32) | bounds
+        given = pointers("k A", x) | pointers("g beta sums", fp32) | bounds
         width = {"BLOCK_SIZE_K": 16} if x == fp32 else whole_K
         return kkt_solve_kernel, given, {**heads, "K": K, "BT": L, **precision, **width}
     if name == "recompute_w_u":
@@ -108,7 +105,7 @@ def source(row: Mapping[str, Any]) -> Any:
         constants |= block("BLOCK_SIZE_K", K) | block("BLOCK_SIZE_V", V)
         return recompute_w_u_kernel, pointers("k v A w u", x) | pointers("beta g", fp32) | bounds, constants
     if name == "chunk_delta_h":
-        given = pointers("k w u" + (" q P o" if row.get("fused") else " h v_new"), x) | bounds
+        given = pointers("k w u h v_new", x) | bounds
         constants = {**heads, "K": K, "V": V, "BT": L, **precision, **whole_K, **block("BLOCK_SIZE_V", V)}
         return (
             chunk_delta_h_kernel,
@@ -211,7 +208,7 @@ def test_forms_that_no_heuristic_asks_for():
     rows = [
         o | {"HEADS": 2, "num_stages": 2}, o | {"V_FIRST": True}, o | {"h_dtype": "float32"},
         o | {"HEADS": 4, "BLOCK_SIZE_V": 64, "num_stages": 3, "num_warps": 4},
-        *(h | {"num_stages": stages, "fused": fused} for stages in (2, 3) for fused in (False, True)),
+        *(h | {"num_stages": stages} for stages in (2, 3)),
         {"kernel": "recurrent", **statics, "state_dtype": "float32", "V_FIRST": True, "BLOCK_SIZE_V": 8, "num_warps": 1},
         *(solve | {"chunk_size": L} for L in (16, 32, 64)),
     ]  # fmt: skip

@@ -182,19 +182,25 @@ def check(drawn: Case) -> None:
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 @pytest.mark.parametrize("num_stages", [1, 2, 3])
 @pytest.mark.parametrize("num_warps", [2, 4, 8])
-@pytest.mark.parametrize("fused", [False, True])
-def test_the_whole_operator(fused, num_warps, num_stages, dtype):
-    if dtype == "float32" and (fused or num_stages > 1 or num_warps < 8):
-        pytest.skip("fp32 has no pipeline, no fused path by itself, and spills with fewer warps")
-    if fused and num_warps != 8:
-        pytest.skip("8 warps are the fused path's only legal config: see its spec")
+def test_the_whole_operator_stage_by_stage(num_warps, num_stages, dtype):
+    if dtype == "float32" and (num_stages > 1 or num_warps < 8):
+        pytest.skip("fp32 has no pipeline, and spills with fewer warps")
     narrow = {"BLOCK_SIZE_V": 16 if dtype == "float32" else 32, "num_stages": num_stages}
     with contextlib.ExitStack() as pinned:
-        pinned.enter_context(override(CHUNKED, FUSED=fused, kkt_num_warps=num_warps, num_warps=8, **narrow))
+        pinned.enter_context(override(CHUNKED, FUSED=False, kkt_num_warps=num_warps))
         pinned.enter_context(override("gdn_chunk_delta_h", num_warps=num_warps, **narrow))
         # Four warps are no legal config here: see its spec.
         pinned.enter_context(override("gdn_recompute_w_u", num_warps=8 if num_warps == 4 else num_warps))
         pinned.enter_context(override("gdn_chunk_o", num_warps=num_warps))
+        check(case(CHUNKED, dtype))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("num_stages", [2, 3])
+@pytest.mark.parametrize("heads", [1, 2])
+def test_the_whole_operator_fused(heads, num_stages, dtype):
+    with override(CHUNKED, FUSED=True, HEADS=heads, num_stages=num_stages):
         check(case(CHUNKED, dtype))
 
 

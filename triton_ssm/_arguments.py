@@ -18,8 +18,11 @@ def dtype_name(dtype: torch.dtype) -> str:
     return _NAMES.get(dtype) or str(dtype).removeprefix("torch.")
 
 
-def check_tensors(tensors: Mapping[str, Any], op: str) -> None:
-    """All tensors, all on one device, none asking for a gradient."""
+def check_tensors(tensors: Mapping[str, Any], op: str, required: int = 0) -> None:
+    """All tensors, the first `required` of them there, all on one device, none asking for a gradient."""
+    for name in list(tensors)[:required]:
+        if tensors[name] is None:
+            raise TypeError(f"{name}: expected a torch.Tensor, got NoneType")
     device = None
     for name, tensor in tensors.items():
         if tensor is None:

@@ -10,6 +10,10 @@ from collections.abc import Hashable, Sequence
 import torch
 from triton.compiler import CompiledKernel
 
+from ._c_launch import c_launch
+from ._hashes import settle
+from ._recording import recording
+
 _CAPACITY = 8192
 
 
@@ -42,10 +46,13 @@ def call_key(tensors: Sequence[object], *options: Hashable) -> Hashable:
 
 
 class Launcher:
-    """A kernel whose constexpr parameters come last, launched without Triton's binder once its variant is known."""
+    """A kernel whose constexpr parameters come last, launched without Triton's binder once its variant is known.
 
-    def __init__(self, kernel) -> None:
-        self._kernel = kernel
+    `options` are Triton's own, such as maxnreg.
+    """
+
+    def __init__(self, kernel, **options: int) -> None:
+        self._kernel, self._options = kernel, options
         self._compiled: Cache[CompiledKernel] = Cache()
 
     def __call__(
@@ -67,7 +74,10 @@ class Launcher:
         compiled = self._compiled.get(key)
         if compiled is not None:
             compiled[grid](*arguments, *constants)
-            return
-        compiled = self._kernel[grid](*arguments, *constants, num_warps=num_warps)
-        if isinstance(compiled, CompiledKernel):  # the interpreter returns nothing
-            self._compiled[key] = compiled
+        else:
+            settle(self._kernel)
+            compiled = self._kernel[grid](*arguments, *constants, num_warps=num_warps, **self._options)
+            if isinstance(compiled, CompiledKernel):  # the interpreter returns nothing
+                self._compiled[key] = compiled
+        if recording.recorder is not None:
+            recording.recorder.launched(c_launch(compiled, grid, arguments, constants))

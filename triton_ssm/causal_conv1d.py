@@ -21,8 +21,10 @@ from ._causal_conv1d_kernel import causal_conv1d_kernel
 from ._causal_conv1d_window import word_aligned
 from ._device import tuning_device
 from ._plans import Cache, Launcher, call_key
+from ._replay import replayed
 
 
+@replayed
 def causal_conv1d(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -68,6 +70,7 @@ def causal_conv1d(
     return y, final
 
 
+@replayed
 def causal_conv1d_split(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -159,7 +162,7 @@ def _check(
     tensors: tuple[Any, ...], activation: object, null_slot: int | None, sizes: Any, chunk_size: int | None
 ) -> contract.Dims:
     named = dict(zip(contract.PREFILL, tensors, strict=True))
-    _arguments.check_tensors(named, "causal_conv1d")
+    _arguments.check_tensors(named, "causal_conv1d", 2)
     contract.silu_asked(activation)
     dims = _arguments.checked(contract.check_prefill, named, null_slot=null_slot, sizes=sizes, chunk_size=chunk_size)
     if named["conv_state"] is not None:

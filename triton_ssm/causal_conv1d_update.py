@@ -21,8 +21,10 @@ from ._causal_conv1d_update_kernel import causal_conv1d_update_kernel
 from ._causal_conv1d_window import word_aligned
 from ._device import tuning_device
 from ._plans import Cache, Launcher, call_key
+from ._replay import replayed
 
 
+@replayed
 def causal_conv1d_update(
     x: torch.Tensor,
     conv_state: torch.Tensor,
@@ -100,7 +102,7 @@ _DIMS: Cache[contract.Dims] = Cache()
 
 def _check(tensors: tuple[Any, ...], activation: object, null_slot: int | None) -> contract.Dims:
     named = dict(zip(contract.UPDATE, tensors, strict=True))
-    _arguments.check_tensors(named, "causal_conv1d_update")
+    _arguments.check_tensors(named, "causal_conv1d_update", 3)
     contract.silu_asked(activation)
     dims = _arguments.checked(contract.check_update, named, null_slot=null_slot)
     _arguments.check_dense_channels("conv_state", named["conv_state"])

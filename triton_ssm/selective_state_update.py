@@ -23,9 +23,11 @@ from ssm_configs.contracts import selective_state_update as contract
 from . import _arguments
 from ._device import tuning_device
 from ._plans import Cache, Launcher, call_key
+from ._replay import replayed
 from ._selective_state_update_kernel import selective_state_update_kernel
 
 
+@replayed
 def selective_state_update(
     state: torch.Tensor,
     x: torch.Tensor,
@@ -150,7 +152,7 @@ class _Plan:
 def _make_plan(tensors: tuple, dt_softplus: bool, null_slot: int | None, stochastic_rounding: bool) -> _Plan:
     """Raises where the call is not legal."""
     named: dict[str, Any] = dict(zip((*contract.REQUIRED, *contract.OPTIONAL), tensors, strict=True))
-    _arguments.check_tensors(named, "selective_state_update")
+    _arguments.check_tensors(named, "selective_state_update", len(contract.REQUIRED))
     if type(dt_softplus) is not bool:
         raise TypeError(f"dt_softplus: expected a bool, got {type(dt_softplus).__name__}")
     # The operators of mamba_ssm and vLLM take per-head numbers as expanded views; here they are what they are.

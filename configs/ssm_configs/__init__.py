@@ -9,7 +9,7 @@
 
 from .config import Config
 from .devices import Device, alias, architecture
-from .lookup import Explanation, TableWarning, clear_cache, explain, lookup
+from .lookup import Explanation, TableWarning, circumstances, clear_cache, explain, lookup
 from .names import TableName, parse_table_file_name, table_file_name
 from .overrides import on_override, override, override_token
 from .search import ShippedTable, Step, shipped_tables
@@ -33,6 +33,7 @@ __all__ = [
     "TableWarning",
     "alias",
     "architecture",
+    "circumstances",
     "clear_cache",
     "explain",
     "lookup",

@@ -3,11 +3,13 @@
 import os
 import threading
 import warnings
+from collections.abc import Hashable
 from dataclasses import dataclass
 from functools import lru_cache
 
 from .config import Config
 from .devices import Device
+from .environment import reader
 from .overrides import Token, merge, override_token
 from .search import SSM_FOLDER, VLLM_FOLDER, Row, Step, find_row, forget_tables
 from .spec import TWINS, Knob, Knobs, OpSpec, check_knobs
@@ -62,8 +64,19 @@ def explain(op: str, *, twin: str, device: Device, dtype: str, size: int, **stat
         raise
 
 
+def circumstances() -> Hashable:
+    """What decides a look-up beside its arguments: while this is equal, equal look-ups have equal answers."""
+    return override_token(), _folders(), _generation
+
+
+_folders = reader(SSM_FOLDER, VLLM_FOLDER)
+_generation = 0
+
+
 def clear_cache() -> None:
     """Forget results, tables and the warnings already given, so that changed files are read."""
+    global _generation
+    _generation += 1
     _resolve.cache_clear()
     forget_tables()
     with _warned_lock:

@@ -1,13 +1,11 @@
 # pyright: basic, reportArgumentType=false, reportAssignmentType=false, reportGeneralTypeIssues=false
 # A jitted function is Triton's language in Python's syntax; the types are Triton's too.
-"""The kernel of `chunk_delta_h`, and, with the output computed on the way, of the fused path: BLOCK_SIZE_V columns of one
-head's state, carried in fp32 through a sequence's chunks.
+"""The kernel of `chunk_delta_h`: BLOCK_SIZE_V columns of one head's state, carried in fp32 through a sequence's chunks.
 
-Every left operand (w, k^T, q, P) comes from memory as it lies there. What is computed in the loop, the rounded state and
-v_new, is a right operand, which tensor cores read from shared memory. As a left one it would stay in registers, which on sm_90
-a pipelined loop can overwrite while the product of the last step still reads them; hence also P, which stands between two
-products, is not computed here but by the kernel before. fp32 operands along tokens tensor cores read from registers alone:
-no pipeline for fp32.
+Both left operands (w and k^T) come from memory as they lie there. What is computed in the loop, the rounded state and v_new,
+is a right operand, which tensor cores read from shared memory. As a left one it would stay in registers, which on sm_90 a
+pipelined loop can overwrite while the product of the last step still reads them. fp32 operands along tokens tensor cores read
+from registers alone: no pipeline for fp32.
 """
 
 import triton
@@ -18,14 +16,14 @@ from ..ssd._chunks import bound
 
 
 # Sizes that change from call to call must not key a compile: neither their divisibility nor their being 1.
-@triton.jit(do_not_specialize=["n_tokens", "n_chunks", "n_sequences", "k_batch_stride", "q_batch_stride"])
+@triton.jit(do_not_specialize=["n_tokens", "n_chunks", "n_sequences", "k_batch_stride"])
 def chunk_delta_h_kernel(
-    k_ptr, w_ptr, u_ptr, g_ptr, initial_ptr, h_ptr, v_new_ptr, final_ptr, q_ptr, P_ptr, o_ptr, cu_seqlens_ptr,
-    n_tokens, n_chunks, n_sequences, k_batch_stride, q_batch_stride, k_stride, q_stride, scale,
+    k_ptr, w_ptr, u_ptr, g_ptr, initial_ptr, h_ptr, v_new_ptr, final_ptr, cu_seqlens_ptr,
+    n_tokens, n_chunks, n_sequences, k_batch_stride, k_stride,
     H_K: tl.constexpr, H_V: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_SIZE_K: tl.constexpr, BLOCK_SIZE_V: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_SIZE_K >= K. h and v_new are written, or o is: o = scale·(exp(g)·q·h + P·v_new), P [B,T,H_v,BT]."""
+    """BLOCK_SIZE_K >= K."""
     BLOCKS: tl.constexpr = (V + BLOCK_SIZE_V - 1) // BLOCK_SIZE_V
     HEADS: tl.constexpr = H_V // H_K
     pid = tl.program_id(0)
@@ -51,10 +49,7 @@ def chunk_delta_h_kernel(
             for t in range(begin, end, BT):
                 row = (t + i[:, None]) * H_V + h
                 mask = (t + i < end)[:, None] & in_V[None, :]
-                if v_new_ptr is not None:
-                    tl.store(v_new_ptr + row * V + v[None, :], zero, mask=mask)
-                if o_ptr is not None:
-                    tl.store(o_ptr + row * V + v[None, :], zero, mask=mask)
+                tl.store(v_new_ptr + row * V + v[None, :], zero, mask=mask)
             return
         end = tl.maximum(bound(cu_seqlens_ptr, n + 1, n_tokens), begin)
     length = (end - begin).to(tl.int32)
@@ -69,14 +64,8 @@ def chunk_delta_h_kernel(
     u_offset = i[:, None] * (H_V * V) + v[None, :]
     if g_ptr is not None:
         g_ptr += first
-    if h_ptr is not None:
-        h_ptr += (slot * H_V + h) * (K * V)
-        v_new_ptr += first * V
-    if o_ptr is not None:
-        q_ptr += b * q_batch_stride + begin * q_stride + h // HEADS * K
-        q_offset = i[:, None] * q_stride + d[None, :]
-        P_ptr += first * BT
-        o_ptr += first * V
+    h_ptr += (slot * H_V + h) * (K * V)
+    v_new_ptr += first * V
     in_state = in_K[:, None] & in_V[None, :]
     state = tl.zeros((BLOCK_SIZE_K, BLOCK_SIZE_V), tl.float32)
     element = d[:, None] * V + v[None, :]
@@ -91,28 +80,15 @@ def chunk_delta_h_kernel(
         u = tl.load(u_ptr + u_offset, mask=in_u, other=0.0).to(tl.float32)
         # A select: no token, no value, though the state it met were infinite.
         fresh = tl.where(live[:, None], u - tl.dot(w, before, input_precision=PRECISION), 0.0)
-        if h_ptr is not None:
-            tl.store(h_ptr + element, before, mask=in_state)
-            tl.store(v_new_ptr + u_offset, fresh.to(dtype), mask=in_u)
-            h_ptr += H_V * K * V
-            v_new_ptr += BT * H_V * V
+        tl.store(h_ptr + element, before, mask=in_state)
+        tl.store(v_new_ptr + u_offset, fresh.to(dtype), mask=in_u)
+        h_ptr += H_V * K * V
+        v_new_ptr += BT * H_V * V
         if g_ptr is not None:
             g = tl.load(g_ptr + i * H_V, mask=live, other=0.0)
             # The last token that lives: its gate is the whole chunk's.
             total = tl.load(g_ptr + (tl.minimum(length - t, BT) - 1) * H_V)
             g_ptr += BT * H_V
-        if o_ptr is not None:
-            q = tl.load(q_ptr + q_offset, mask=in_w, other=0.0)
-            P = tl.load(P_ptr + i[:, None] * (H_V * BT) + i[None, :], mask=live[:, None] & live[None, :], other=0.0)
-            o = tl.dot(q, before, input_precision=PRECISION)
-            if g_ptr is not None:
-                o *= exp(g)[:, None]
-            o = tl.dot(P, fresh.to(dtype), o, input_precision=PRECISION) * scale
-            tl.store(o_ptr + u_offset, o.to(dtype), mask=in_u)
-            q_ptr += BT * q_stride
-            P_ptr += BT * H_V * BT
-            o_ptr += BT * H_V * V
-        if g_ptr is not None:
             fresh *= exp(tl.where(live, total - g, 0.0))[:, None]
             state *= exp(total)
         kt = tl.load(k_ptr + kt_offset, mask=in_K[:, None] & live[None, :], other=0.0)

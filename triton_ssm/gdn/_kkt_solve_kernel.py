@@ -1,9 +1,8 @@
 # pyright: basic, reportArgumentType=false, reportAssignmentType=false, reportGeneralTypeIssues=false
 # A jitted function is Triton's language in Python's syntax; the types are Triton's too.
-"""What the combined operator does with a chunk of one value head before any state: the gate's running sum, the inverse, and P.
+"""What the combined operator does first with a chunk of one value head, stage by stage: the gate's running sum and the inverse.
 
-`chunk_local_cumsum`, `chunk_scaled_dot_kkt` and `solve_tril` in one: the triangle never leaves the registers. P is the output's
-share of the chunk itself, before the scale: the products of queries and keys, decayed and rounded, for the fused path alone.
+`chunk_local_cumsum`, `chunk_scaled_dot_kkt` and `solve_tril` in one: the triangle never leaves the registers.
 """
 
 import triton
@@ -18,13 +17,12 @@ from ._pairs import decayed
 # Sizes that change from call to call must not key a compile: neither their divisibility nor their being 1.
 @triton.jit(
     do_not_specialize=[
-        "n_tokens", "n_chunks", "n_sequences", "q_batch_stride", "k_batch_stride", "g_batch_stride", "beta_batch_stride",
+        "n_tokens", "n_chunks", "n_sequences", "k_batch_stride", "g_batch_stride", "beta_batch_stride",
     ]
 )  # fmt: skip
 def kkt_solve_kernel(
-    q_ptr, k_ptr, g_ptr, beta_ptr, sums_ptr, A_ptr, P_ptr, cu_seqlens_ptr,
-    n_tokens, n_chunks, n_sequences, q_batch_stride, k_batch_stride, g_batch_stride, beta_batch_stride,
-    q_stride, k_stride, g_stride, beta_stride,
+    k_ptr, g_ptr, beta_ptr, sums_ptr, A_ptr, cu_seqlens_ptr,
+    n_tokens, n_chunks, n_sequences, k_batch_stride, g_batch_stride, beta_batch_stride, k_stride, g_stride, beta_stride,
     H_K: tl.constexpr, H_V: tl.constexpr, K: tl.constexpr, BT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_SIZE_K: tl.constexpr,
 ):  # fmt: skip
@@ -45,19 +43,6 @@ def kkt_solve_kernel(
     tl.store(sums_ptr + row, g, mask=live)
     k_ptr += b * k_batch_stride + h_k * K
     dtype: tl.constexpr = k_ptr.dtype.element_ty
-
-    if P_ptr is not None:
-        q_ptr += b * q_batch_stride + h_k * K
-        qk = tl.zeros((BT, BT), tl.float32)
-        for k0 in tl.static_range(0, K, BLOCK_SIZE_K):
-            d = k0 + tl.arange(0, BLOCK_SIZE_K)
-            mask = live[:, None] & (d < K)[None, :]
-            q = tl.load(q_ptr + token[:, None] * q_stride + d[None, :], mask=mask, other=0.0)
-            k = tl.load(k_ptr + token[:, None] * k_stride + d[None, :], mask=mask, other=0.0)
-            qk = tl.dot(q, tl.trans(k), qk, input_precision=PRECISION)
-        pairs = (i[:, None] >= i[None, :]) & live[:, None]
-        P = decayed(qk, g[:, None], g[None, :], pairs, True)
-        tl.store(P_ptr + row[:, None] * BT + i[None, :], P.to(dtype), mask=live[:, None])
 
     kk = dot_kkt(k_ptr + begin * k_stride, k_stride, live, K, BT, PRECISION, BLOCK_SIZE_K)
     pairs = (i[:, None] > i[None, :]) & live[:, None]

@@ -18,10 +18,12 @@ from ssm_configs.contracts import gdn as contract
 
 from .. import _arguments
 from .._plans import Cache, Launcher, call_key
+from .._replay import replayed
 from ._chunk_delta_h_kernel import chunk_delta_h_kernel
 from ._plan import Plan, block, make_plan
 
 
+@replayed
 def chunk_delta_h(
     k: torch.Tensor,
     w: torch.Tensor,
@@ -78,9 +80,8 @@ _PLANS: Cache[Plan] = Cache()
 def launch(
     key, dims: contract.Dims, config: Config, k_strides: tuple[int, int], precision: str,
     k, w, u, g, initial, h, v_new, final, cu_seqlens,
-    *, q=None, q_strides: tuple[int, int] = (0, 0), P=None, o=None, scale: float = 1.0,
 ) -> None:  # fmt: skip
-    """h and v_new are written, or, where they are None, o of q, P and scale; final may be None."""
+    """`final` may be None."""
     BLOCK_SIZE_V = block(config["BLOCK_SIZE_V"], dims.V)
     num_warps = config["num_warps"]
     if precision == "tf32" and BLOCK_SIZE_V == _NARROW:
@@ -91,10 +92,7 @@ def launch(
     _LAUNCH(
         key,
         grid,
-        (
-            k, w, u, g, initial, h, v_new, final, q, P, o, cu_seqlens,
-            dims.T, dims.NC, dims.N_seq, k_strides[0], q_strides[0], k_strides[1], q_strides[1], scale,
-        ),
+        (k, w, u, g, initial, h, v_new, final, cu_seqlens, dims.T, dims.NC, dims.N_seq, *k_strides),
         (
             dims.H_k, dims.H_v, dims.K, dims.V, dims.L, precision, block(contract.MAX_K, dims.K), BLOCK_SIZE_V,
             config["num_stages"],

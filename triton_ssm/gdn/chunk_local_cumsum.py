@@ -13,10 +13,12 @@ from ssm_configs.contracts import gdn as contract
 
 from .. import _arguments
 from .._plans import Cache, Launcher, call_key
+from .._replay import replayed
 from ._chunk_local_cumsum_kernel import chunk_local_cumsum_kernel
 from ._plan import Plan, make_plan
 
 
+@replayed
 def chunk_local_cumsum(
     g: torch.Tensor, *, chunk_size: int = 64, cu_seqlens: torch.Tensor | None = None
 ) -> torch.Tensor:  # fmt: skip

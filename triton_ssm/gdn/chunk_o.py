@@ -3,7 +3,8 @@
     o[i] = scale·(base^g[i]·h^T·q[i] + Σ_{j <= i} P[i, j]·v[j])          P[i, j] = (q[i]·k[j])·base^(g[i] - g[j])
 
 q·k^T and q·h are multiplied in q's dtype, to which h is rounded, and P is rounded to v's; products are accumulated in fp32, all
-else is fp32, and o is rounded once.
+else is fp32, and o is rounded once. On Hopper what models ask for has a kernel of its own (`_chunk_o_gluon.py`), with the same
+rounding points.
 
 Source: flash-linear-attention's operator of this kind; Yang, Kautz and Hatamizadeh, Gated Delta Networks (2024).
 """
@@ -18,11 +19,14 @@ from ssm_configs.contracts import gdn as contract
 
 from .. import _arguments
 from .._plans import Cache, Launcher, call_key
+from .._replay import replayed
+from . import _chunk_o_gluon
 from ._chunk_o_kernel import chunk_o_kernel
 from ._output import output_like
 from ._plan import Plan, block, make_plan
 
 
+@replayed
 def chunk_o(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -88,7 +92,12 @@ def launch(
     scale: float, q, k, v, h, g, cu_seqlens, o,
 ) -> None:  # fmt: skip
     """`strides`: those of q, k and v, batch row and token. `forms`: gates in powers of two, h [V,K], precision."""
-    batch, token = zip(*(strides[name] for name in ("q", "k", "v")), strict=True)
+    strides = {name: strides[name] for name in ("q", "k", "v")}
+    if _chunk_o_gluon.serves(dims, strides, q, k, v, h, o):
+        shape = (config["HEADS"], config["num_stages"])
+        _chunk_o_gluon.launch(key, dims, *shape, strides, *forms[:2], scale, q, k, v, h, g, cu_seqlens, o)
+        return
+    batch, token = zip(*strides.values(), strict=True)
     BLOCK_SIZE_V = block(config["BLOCK_SIZE_V"], dims.V)
     # Heads in a loop only with operands that the loop can hand from memory to tensor cores.
     HEADS = config["HEADS"] if h.dtype == q.dtype and q.dtype != torch.float32 else 1

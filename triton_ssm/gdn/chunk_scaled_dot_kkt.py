@@ -17,10 +17,12 @@ from ssm_configs.contracts import gdn as contract
 
 from .. import _arguments
 from .._plans import Cache, Launcher, call_key
+from .._replay import replayed
 from ._chunk_scaled_dot_kkt_kernel import chunk_scaled_dot_kkt_kernel
 from ._plan import Plan, block, make_plan
 
 
+@replayed
 def chunk_scaled_dot_kkt(
     k: torch.Tensor,
     beta: torch.Tensor,

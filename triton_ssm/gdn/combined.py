@@ -6,8 +6,9 @@ Computed in chunks, as the stages of `triton_ssm.gdn` do, with their rounding po
 their own dtype; the inverse to k's dtype; w, u, v_new and the state before each chunk to k's dtype; o once, to v's.
 
 Two paths, of which the tuning table chooses one. Stage by stage: states and v_new are written for all chunks, and the outputs
-of all chunks are computed at once. Fused: the program that carries a state computes the outputs on its way, which saves most
-of the traffic, and is slower where there are few states to carry.
+of all chunks are computed at once. Fused, for Hopper: one kernel does all that needs no state, for all chunks at once, and one
+carries the states through the chunks and computes the outputs on the way. They take 16-bit inputs, chunks of 64, and K and V
+of 64 or 128; other calls go stage by stage whatever the table says, and all of them do in the interpreter.
 
 Source: Yang, Kautz and Hatamizadeh, Gated Delta Networks (2024); flash-linear-attention's operator of this name.
 """
@@ -22,6 +23,8 @@ from ssm_configs.contracts import gdn as contract
 
 from .. import _arguments
 from .._plans import Cache, Launcher, call_key
+from .._replay import replayed
+from . import _loop, _prepare
 from ._kkt_solve_kernel import kkt_solve_kernel
 from ._l2norm_kernel import l2norm_kernel
 from ._output import output_like
@@ -34,6 +37,7 @@ from .recompute_w_u import launch as launch_recompute_w_u
 from .recompute_w_u import request as recompute_w_u_request
 
 
+@replayed
 def chunk_gated_delta_rule(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -107,10 +111,13 @@ _TOKENS_PER_PROGRAM = 16
 def _run(
     plan: Plan, dims: contract.Dims, config: Config, use_qk_l2norm: bool, scale: float, precision: str, tensors: Any, o, final
 ) -> None:  # fmt: skip
-    q, k, v, g, beta, initial_state, cu_seqlens = tensors
-    fused = bool(config["FUSED"])
+    fused = bool(config["FUSED"]) and _loop.serves(dims, o)
     # Launches are remembered by what tells all their tensors apart.
     key = (plan, use_qk_l2norm, fused, final is None)
+    if fused:
+        _run_fused(key, dims, config, plan.strides, use_qk_l2norm, scale, tensors, o, final)
+        return
+    q, k, v, g, beta, initial_state, cu_seqlens = tensors
     stage = _stage_configs(plan, dims, config)
     strides = plan.strides
     if use_qk_l2norm:
@@ -120,18 +127,11 @@ def _run(
         return torch.empty(dims.B, dims.T, dims.H_v, *last, dtype=dtype, device=k.device)
 
     sums, inverse = per_token(dtype=torch.float32), per_token(dims.L)
-    P = per_token(dims.L) if fused else None
     w, u = per_token(dims.K), per_token(dims.V)
     if o.numel():
-        _solve(key, dims, config, strides, precision, q, k, g, beta, sums, inverse, P, cu_seqlens)
+        _solve(key, dims, config, strides, precision, k, g, beta, sums, inverse, cu_seqlens)
         w_u = stage["gdn_recompute_w_u"]
         launch_recompute_w_u(key, dims, w_u, strides, False, precision, k, v, beta, inverse, sums, cu_seqlens, w, u)
-    if fused:
-        launch_chunk_delta_h(
-            key, dims, config, strides["k"], precision, k, w, u, sums, initial_state, None, None, final, cu_seqlens,
-            q=q, q_strides=strides["q"], P=P, o=o, scale=scale,
-        )  # fmt: skip
-        return
     h = torch.empty(dims.B, dims.NC, dims.H_v, dims.K, dims.V, dtype=k.dtype, device=k.device)
     v_new = per_token(dims.V)
     launch_chunk_delta_h(
@@ -144,15 +144,35 @@ def _run(
         launch_chunk_o(key, dims, stage["gdn_chunk_o"], strides, forms, scale, q, k, v_new, h, sums, cu_seqlens, o)
 
 
+def _run_fused(key, dims: contract.Dims, config: Config, strides, use_qk_l2norm: bool, scale: float, tensors, o, final):
+    """Between the two kernels a chunk is a tile for each head, in the order of the chunks' slots; slots that are no chunk hold
+    nothing. Rows past a sequence's end are zero."""
+    q, k, v, g, beta, initial_state, cu_seqlens = tensors
+    slots = dims.B * dims.NC
+
+    def tiles(heads: int, width: int) -> torch.Tensor:
+        return torch.empty(slots * heads * dims.L, width, dtype=q.dtype, device=q.device)
+
+    q_t, k_t = tiles(dims.H_k, dims.K), tiles(dims.H_k, dims.K)
+    w, u, P = (tiles(dims.H_v, width) for width in (dims.K, dims.V, dims.L))
+    # exp(G) of every token, then exp(G_last - G); G: the gate cumulated within the chunk.
+    gates = torch.empty(slots * dims.H_v, 2 * dims.L, dtype=torch.float32, device=q.device)
+    _prepare.launch(
+        key, dims, config, strides, use_qk_l2norm, q, k, v, g, beta, cu_seqlens, q_t, k_t, w, u, P, gates
+    )  # fmt: skip
+    _loop.launch(key, dims, config, scale, q_t, k_t, w, u, P, gates, initial_state, final, cu_seqlens, o)
+
+
 def _stage_configs(plan: Plan, dims: contract.Dims, config: Config) -> dict[str, Config]:
     """Those of the stages. The look-up that gave `config` would have given another object, had an override, a table or the
     environment changed since."""
     seen = _CONFIGS.get(plan)
     if seen is None or seen[0] is not config:
-        found = {"gdn_recompute_w_u": lookup("gdn_recompute_w_u", **recompute_w_u_request(plan, dims))}
-        if not config["FUSED"]:
-            found["gdn_chunk_delta_h"] = lookup("gdn_chunk_delta_h", **chunk_delta_h_request(plan, dims))
-            found["gdn_chunk_o"] = lookup("gdn_chunk_o", **chunk_o_request(plan, dims))
+        found = {
+            "gdn_recompute_w_u": lookup("gdn_recompute_w_u", **recompute_w_u_request(plan, dims)),
+            "gdn_chunk_delta_h": lookup("gdn_chunk_delta_h", **chunk_delta_h_request(plan, dims)),
+            "gdn_chunk_o": lookup("gdn_chunk_o", **chunk_o_request(plan, dims)),
+        }
         seen = _CONFIGS[plan] = (config, found)
     return seen[1]
 
@@ -169,16 +189,14 @@ def _normalised(key, dims: contract.Dims, q, k, strides):
     return *out, strides | {"q": dense, "k": dense}
 
 
-def _solve(
-    key, dims: contract.Dims, config: Config, strides, precision: str, q, k, g, beta, sums, inverse, P, cu_seqlens
-):
-    batch, token = zip(*(strides[name] for name in ("q", "k", "g", "beta")), strict=True)
+def _solve(key, dims: contract.Dims, config: Config, strides, precision: str, k, g, beta, sums, inverse, cu_seqlens):
+    batch, token = zip(*(strides[name] for name in ("k", "g", "beta")), strict=True)
     grid = (max(dims.B * dims.NC, 1) * dims.H_v, 1, 1)
     BLOCK_SIZE_K = block(_KKT_BLOCK_FP32 if k.dtype == torch.float32 else contract.MAX_K, dims.K)
     _KKT_SOLVE(
         key,
         grid,
-        (q, k, g, beta, sums, inverse, P, cu_seqlens, dims.T, dims.NC, dims.N_seq, *batch, *token),
+        (k, g, beta, sums, inverse, cu_seqlens, dims.T, dims.NC, dims.N_seq, *batch, *token),
         (dims.H_k, dims.H_v, dims.K, dims.L, precision, BLOCK_SIZE_K),
         config["kkt_num_warps"],
     )

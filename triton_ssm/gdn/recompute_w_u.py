@@ -18,10 +18,12 @@ from ssm_configs.contracts import gdn as contract
 
 from .. import _arguments
 from .._plans import Cache, Launcher, call_key
+from .._replay import replayed
 from ._plan import Plan, block, make_plan
 from ._recompute_w_u_kernel import recompute_w_u_kernel
 
 
+@replayed
 def recompute_w_u(
     k: torch.Tensor,
     v: torch.Tensor,

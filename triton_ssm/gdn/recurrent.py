@@ -21,11 +21,13 @@ from ssm_configs.contracts import gdn as contract
 from .. import _arguments
 from .._device import tuning_device
 from .._plans import Cache, Launcher, call_key
+from .._replay import replayed
 from ._output import output_like
 from ._plan import block
 from ._recurrent_kernel import fused_recurrent_gated_delta_rule_kernel
 
 
+@replayed
 def fused_recurrent_gated_delta_rule(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -149,10 +151,7 @@ class _Plan:
 def _make_plan(tensors: tuple, null_slot: object) -> _Plan:
     """Raises where the call is not legal."""
     named: dict[str, Any] = dict(zip(contract.RECURRENT, tensors, strict=True))
-    for name in contract.RECURRENT[:6]:
-        if named[name] is None:
-            raise TypeError(f"{name}: expected a torch.Tensor, got NoneType")
-    _arguments.check_tensors(named, "fused_recurrent_gated_delta_rule")
+    _arguments.check_tensors(named, "fused_recurrent_gated_delta_rule", 6)
     dims = _arguments.checked(contract.check_recurrent, named, null_slot=null_slot)
     copied = []
     for index, (name, tensor) in enumerate(named.items()):

@@ -21,12 +21,14 @@ from ssm_configs.contracts import gdn as contract
 from .. import _arguments
 from .._device import tuning_device
 from .._plans import Cache, Launcher, call_key
+from .._replay import replayed
 from ._plan import Plan, make_plan
 from ._solve_tril_kernel import solve_tril_kernel
 
 _OUT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
+@replayed
 def solve_tril(
     A: torch.Tensor, *, cu_seqlens: torch.Tensor | None = None, out_dtype: torch.dtype = torch.float32
 ) -> torch.Tensor:

@@ -75,10 +75,7 @@ def make_plan(
         dtype_of: the tensor whose dtype the tuning table goes by; the first without it.
     """
     named: dict[str, Any] = dict(zip(names, tensors, strict=True))
-    for name in names[:required]:
-        if named[name] is None:
-            raise TypeError(f"{name}: expected a torch.Tensor, got NoneType")
-    _arguments.check_tensors(named, op)
+    _arguments.check_tensors(named, op, required)
     dims = _arguments.checked(check, named, **options)
     copied, strides = [], {}
     for index, (name, tensor) in enumerate(named.items()):

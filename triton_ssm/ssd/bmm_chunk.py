@@ -17,10 +17,12 @@ from ssm_configs.contracts import ssd as contract
 
 from .. import _arguments
 from .._plans import Cache, Launcher, call_key
+from .._replay import replayed
 from ._bmm_chunk_kernel import bmm_chunk_kernel
 from ._plan import Plan, block, make_plan
 
 
+@replayed
 def bmm_chunk(
     C: torch.Tensor,
     B: torch.Tensor,

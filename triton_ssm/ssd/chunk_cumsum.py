@@ -17,10 +17,12 @@ from ssm_configs.contracts import ssd as contract
 
 from .. import _arguments
 from .._plans import Cache, Launcher, call_key
+from .._replay import replayed
 from ._chunk_cumsum_kernel import chunk_cumsum_kernel
 from ._plan import Plan, make_plan
 
 
+@replayed
 def chunk_cumsum(
     dt: torch.Tensor,
     A: torch.Tensor,

@@ -19,10 +19,12 @@ from ssm_configs.contracts import ssd as contract
 
 from .. import _arguments
 from .._plans import Cache, Launcher, call_key
+from .._replay import replayed
 from ._chunk_scan_kernel import chunk_scan_kernel
 from ._plan import Plan, block, dense_output, make_plan
 
 
+@replayed
 def chunk_scan(
     CB: torch.Tensor,
     x: torch.Tensor,

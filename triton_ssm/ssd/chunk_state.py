@@ -17,10 +17,12 @@ from ssm_configs.contracts import ssd as contract
 
 from .. import _arguments
 from .._plans import Cache, Launcher, call_key
+from .._replay import replayed
 from ._chunk_state_kernel import chunk_state_kernel
 from ._plan import Plan, block, make_plan
 
 
+@replayed
 def chunk_state(
     x: torch.Tensor,
     B: torch.Tensor,

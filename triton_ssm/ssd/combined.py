@@ -28,12 +28,14 @@ from ssm_configs.search import Step
 
 from .. import _arguments
 from .._plans import Cache, call_key
+from .._replay import replayed
 from . import _stages
 from ._plan import Plan, dense_output, make_plan, state_dtype_name
 
 _OP = "mamba_chunk_scan_combined"
 
 
+@replayed
 def mamba_chunk_scan_combined(
     x: torch.Tensor,
     dt: torch.Tensor,

@@ -18,10 +18,12 @@ from ssm_configs.contracts import ssd as contract
 
 from .. import _arguments
 from .._plans import Cache, Launcher, call_key
+from .._replay import replayed
 from ._plan import Plan, make_plan, state_dtype_name
 from ._state_passing_kernel import state_passing_kernel
 
 
+@replayed
 def state_passing(
     states: torch.Tensor,
     dA_cumsum: torch.Tensor,

@@ -6,39 +6,37 @@ from ..devices import Device
 from ..spec import Knob, Knobs, OpSpec, Statics, Value
 from . import _ssd
 
-# States from which on the programs that carry them fill the largest GPUs, two blocks of columns each.
-_PLENTY = 64
+# What the fused kernels take in both packages.
+_CAPABILITY = (9, 0)
+_CHUNK = 64
+_FUSED = (64, 128)
 
 _KNOBS = (
-    Knob(
-        "FUSED", bool, "outputs computed by the program that carries the state (False: all chunks at once, afterwards)"
-    ),
-    _ssd.block("BLOCK_SIZE_V", 16, 256, "fused: columns of one head's state that one program carries"),
-    # On an H200 Triton 3.6 gets this kernel wrong with 4 warps and 32 columns: other values, and addresses behind its memory.
-    Knob("num_warps", (8,), "fused: warps of one program"),
-    Knob("num_stages", (1, 2, 3, 4), "fused: chunks on their way into shared memory"),
-    Knob("kkt_num_warps", (1, 2, 4, 8), "warps of the program that inverts a chunk's triangle"),
+    Knob("FUSED", bool, "two kernels, where they take the call (False: stage by stage)"),
+    Knob("HEADS", (1, 2), "fused: value heads of a key head that one program prepares; 1 where 2 do not divide them"),
+    Knob("num_stages", (2, 3, 4), "fused: chunks in shared memory of a program that carries a state, if they fit"),
+    Knob("kkt_num_warps", (1, 2, 4, 8), "stage by stage: warps of the program that inverts a chunk's triangle"),
 )
-_TRITON_ONLY = ("num_warps", "kkt_num_warps")
+_TRITON_ONLY = ("kkt_num_warps",)
 
 
 def pallas_rule(shared: Mapping[str, Value], statics: Statics) -> Knobs:
-    """The same path, blocks and stages; Mosaic GPU runs whole warpgroups, whatever the warps."""
+    """The same path, heads and stages; stage by stage it is XLA's."""
     del statics  # part of every rule's signature
     return {name: value for name, value in shared.items() if name not in _TRITON_ONLY}
 
 
 def heuristic(statics: Statics, dtype: str, device: Device, size: int) -> Knobs:
-    """Fused where there are states enough, and shared memory for their chunks."""
-    del device
-    solve = 8 if dtype == "float32" else 4
-    if dtype == "float32":
-        return {"FUSED": False, "BLOCK_SIZE_V": 16, "num_warps": 8, "num_stages": 1, "kkt_num_warps": solve}
-    if statics["K"] > 128:
-        return {"FUSED": False, "BLOCK_SIZE_V": 16, "num_warps": 8, "num_stages": 2, "kkt_num_warps": solve}
-    if size < _PLENTY:
-        return {"FUSED": False, "BLOCK_SIZE_V": 32, "num_warps": 8, "num_stages": 2, "kkt_num_warps": solve}
-    return {"FUSED": True, "BLOCK_SIZE_V": 64, "num_warps": 8, "num_stages": 2, "kkt_num_warps": solve}
+    """Fused wherever the kernels take the sizes, with as many chunks in shared memory as fit."""
+    del size
+    wide = dtype == "float32"
+    fits = statics["chunk_size"] == _CHUNK and statics["K"] in _FUSED and statics["V"] in _FUSED
+    return {
+        "FUSED": device.capability == _CAPABILITY and not wide and fits,
+        "HEADS": 2,
+        "num_stages": 4 if statics["K"] <= 64 else 3,
+        "kkt_num_warps": 8 if wide else 4,
+    }
 
 
 CHUNK_GATED_DELTA_RULE = OpSpec(

@@ -1,0 +1,89 @@
+"""`gdn_prepare` compiles for Hopper: registers, no spills, shared memory for three programs an SM, copies of 16 bytes.
+
+    python -m parity_tests.test_triton_gdn_prepare_compiled
+
+prints a JSON list, one object a variant. A process of its own because the interpreter, once chosen, replaces the compiler in
+the whole process.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+H_K, H_V = 16, 32
+VARIANTS: list[dict[str, Any]] = [
+    {"heads": 2},
+    {"heads": 1, "packed": True},
+    {"heads": 2, "packed": True, "dtype": "fp16", "L2NORM": False},
+    {"heads": 2, "K": 64, "V": 64},
+    {"heads": 1, "V": 64, "dtype": "fp16"},
+]
+# What an SM has for the programs that share it, less what each of them costs besides.
+SHARED_OF_THREE = (228 - 3) * 1024
+
+
+def compiled_row(
+    heads: int, K: int = 128, V: int = 128, dtype: str = "bf16", packed: bool = False, L2NORM: bool = True
+) -> dict[str, Any]:  # fmt: skip
+    import triton
+
+    from triton_ssm.gdn import _prepare
+    from triton_ssm.gdn._prepare_kernel import gdn_prepare_kernel
+
+    from .gates_triton import TARGETS, resources
+    from .test_triton_ssd_fused_compiled import gluon_source
+
+    names = "q k v q_out k_out w u P".split()
+    pointers = {f"{name}_ptr": f"*{dtype}" for name in names} | {
+        f"{name}_ptr": "*fp32" for name in ("g", "beta", "gates")
+    }
+    pointers |= {"cu_seqlens_ptr": "*i32"} if packed else {}
+    constants = {"H_K": H_K, "H_V": H_V, "K": K, "V": V, "L2NORM": L2NORM, "HEADS": heads}
+    source = gluon_source(gdn_prepare_kernel, {}, pointers, constants)
+    options = {"num_warps": 4, "maxnreg": _prepare._REGISTERS}
+    compiled = triton.compile(source, target=TARGETS["sm_90"], options=options)
+    text = compiled.asm["ptx"]
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
+    with tempfile.TemporaryDirectory() as folder:
+        ptx = Path(folder) / "kernel.ptx"
+        ptx.write_text(text)
+        said = subprocess.run(
+            [tool, "-v", "--gpu-name=sm_90a", ptx, "-o", ptx.with_suffix(".cubin")],
+            check=True, capture_output=True, text=True,
+        ).stderr  # fmt: skip
+    return {
+        "heads": heads, "K": K, "V": V, **resources(compiled),
+        "wgmma": len(re.findall(r"wgmma\.mma_async", text)), "tf32": len(re.findall(r"mma\.sync.*tf32", text)),
+        "copies": len(re.findall(r"cp\.async\.c[ag].*0x10", text)), "limit": _prepare._REGISTERS,
+        # ptxas makes products wait for one another where it does not see that they need not.
+        "said": re.findall(r"\(C75\d\d\).*", said),
+    }  # fmt: skip
+
+
+@pytest.mark.timeout(600)
+def test_hopper_kernel_compiles():
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-m", __name__], input=json.dumps(VARIANTS), capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows = json.loads(done.stdout)
+    assert len(rows) == len(VARIANTS)
+    for row in rows:
+        heads, K, V = row["heads"], row["K"], row["V"]
+        assert row["registers"] <= row["limit"] and row["limit"] * 128 * 3 <= 65536, row
+        assert 3 * row["shared"] <= SHARED_OF_THREE and not row["said"], row
+        # Steps of 16: q·k and k·k, and the inverse times w's and u's operands. The merges take 60 steps a head.
+        assert row["wgmma"] == 2 * K // 16 + heads * 2 * (64 // 16) and row["tf32"] == 60 * heads, row
+        assert row["local"] == 0 and row["copies"] == (2 * K + heads * V) // 16, row
+
+
+if __name__ == "__main__":
+    print(json.dumps([compiled_row(**variant) for variant in json.load(sys.stdin)]))

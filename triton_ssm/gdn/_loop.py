@@ -1,0 +1,75 @@
+"""Which calls the fused path serves, and the launch of its second kernel."""
+
+from collections.abc import Hashable
+from typing import Any
+
+import torch
+
+from ssm_configs.config import Config
+from ssm_configs.contracts.gdn import Dims
+
+from .._plans import Launcher
+from ..ssd._fused_gluon import row_tiles, tiles
+from . import _prepare
+from ._loop_kernel import COLUMNS as _COLUMNS
+from ._loop_kernel import gdn_loop_kernel
+
+COLUMNS: int = _COLUMNS.value
+CHUNK = _prepare.CHUNK
+_SHARED_LIMIT = 232_448
+# For barriers, and what the compiler keeps for itself.
+_SPARE = 2048
+# A chunk is waited for while the one before still has its place.
+_MIN_STAGES = 2
+# Rows of an array, and programs.
+_MAX_COUNT = 2**31 - 1
+# Of the largest Hopper; one program takes most of one's shared memory.
+_SMS = 132
+_LOOP = Launcher(gdn_loop_kernel)
+
+
+def serves(dims: Dims, o: torch.Tensor) -> bool:
+    """Whether both fused kernels take a call whose outputs go to `o`, of q's dtype."""
+    if not _prepare.serves(dims, o.dtype, o.device) or not o.numel() or not dims.N_seq:
+        return False
+    # TMA writes o, and counts rows with 32 bits.
+    rows = max(dims.B * dims.NC * dims.H_v * CHUNK, dims.B * dims.T + CHUNK, _programs(dims, 1))
+    return rows <= _MAX_COUNT and o.data_ptr() % 16 == 0
+
+
+def launch(
+    key: Hashable, dims: Dims, config: Config, scale: float,
+    q_t, k_t, w, u, P, gates, initial, final, cu_seqlens, o: torch.Tensor,
+) -> None:  # fmt: skip
+    """o [B,T,H_v,V] and, unless None, `final` [N_seq,H_v,K,V] in fp32 of what `_prepare` wrote."""
+    warpgroups = warpgroups_of(dims)
+    stages = max(_MIN_STAGES, min(int(config["num_stages"]), (_SHARED_LIMIT - _SPARE) // _stage_bytes(dims)))
+    descriptors = (
+        _tiles(q_t, dims.K), _tiles(k_t, dims.K), _tiles(w, dims.K), _tiles(u, COLUMNS), _tiles(P, CHUNK),
+        row_tiles(gates, 1), tiles(o, dims.B * dims.T, dims.H_v * dims.V, dims.H_v * dims.V, COLUMNS),
+    )  # fmt: skip
+    _LOOP(
+        key, (_programs(dims, warpgroups), 1, 1),
+        (o, *descriptors, initial, final, cu_seqlens, dims.T, dims.NC, dims.N_seq, scale),
+        (dims.H_k, dims.H_v, dims.K, dims.V, warpgroups, stages), 4,
+    )  # fmt: skip
+
+
+def warpgroups_of(dims: Dims) -> int:
+    """Of one program, 64 columns of a state each: two where one would make more programs than run at once."""
+    return 2 if dims.V % (2 * COLUMNS) == 0 and dims.N_seq * dims.H_v * (dims.V // COLUMNS) > _SMS else 1
+
+
+def _programs(dims: Dims, warpgroups: int) -> int:
+    """One sequence more for rows of o that are no sequence's."""
+    return (dims.N_seq + dims.packed) * dims.H_v * (dims.V // (warpgroups * COLUMNS))
+
+
+def _stage_bytes(dims: Dims) -> int:
+    """Of a chunk in shared memory: w, q and k, two tiles of u and o, P, and the gates."""
+    return (3 * dims.K + 2 * COLUMNS + CHUNK) * CHUNK * 2 + 2 * CHUNK * 4
+
+
+def _tiles(tensor: torch.Tensor, columns: int) -> Any:
+    rows, width = tensor.shape
+    return tiles(tensor, rows, width, width, columns)
