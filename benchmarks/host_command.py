@@ -5,22 +5,20 @@ the dispatch of the operator under `jax.jit`.
 """
 
 import argparse
-import functools
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from parity_tests.cases import Case, select
 
 from . import environment, peers, results
-from .implementations import OWN, Implementation, JaxOperands, PeerImplementation, TorchOperands
+from .implementations import OWN, Implementation, JaxOperands, TorchOperands, of_peer
 from .machine import Machine, this_machine
 from .op import BenchOp, Storage, draw
 from .ops import OPS
 from .run_command import RESULTS
 from .start_command import add_choices, case_of, check_choices
-from .timing import Call, host_us
+from .timing import host_us
 
 
 @dataclass(frozen=True)
@@ -52,10 +50,10 @@ def main(arguments: argparse.Namespace) -> int:
         for peer, reason in missing.items():
             print(f"{name}: {peer.implementation} is missing: {reason}")
         versions |= {peer.name: peer.version() for peer in present}
-        implementations: dict[str, Implementation] = {own: make(machine.device) for own, make in OWN.items()}
+        implementations: dict[str, Implementation] = {own: OWN[own](machine.device) for own in op.own}
         for peer, function in present.items():
-            implementations[peer.implementation] = PeerImplementation(machine.device, peer, function)
-        cases = (select(op=name, tags=("standard",)) if arguments.all_cases else []) or [case_of(op)]
+            implementations[peer.implementation] = of_peer(machine.device, peer, function)
+        cases = (select(op=op.operator, tags=("standard",)) if arguments.all_cases else []) or [case_of(op)]
         for label, implementation in implementations.items():
             if arguments.implementations and label not in arguments.implementations:
                 continue
@@ -79,33 +77,12 @@ def measure(op: BenchOp, case: Case, implementation: Implementation, machine: Ma
     storage = Storage(machine.device)
     initial = draw(op, case, storage)
     if implementation.framework == "jax":
-        call = jitted_call(op, case, implementation.name, JaxOperands(op, initial))
+        # Not a program compiled ahead, whose dispatch is another.
+        made: Any = implementation
+        call = made.bind(op, JaxOperands(op, initial), made.jitted(op, case), None)
     else:
         call = implementation.bind(op, TorchOperands(op, case, initial, storage), None, None)
     for _ in range(3):  # compiles, then settles
         call.issue()
         call.wait()
     return HostRow(op.name, implementation.name, case.name, host_us(call, calls))
-
-
-def jitted_call(op: BenchOp, case: Case, implementation: str, operands: JaxOperands) -> Call:
-    """As `JaxTwin` calls it, but by `jax.jit` and not by a program compiled ahead, whose dispatch is another."""
-    import jax
-
-    import pallas_ssm
-
-    names = tuple(operands.arrays)
-    function: Callable[..., Any] = functools.partial(getattr(pallas_ssm, op.name), **op.scalars(case))
-
-    def positional(*arrays: Any) -> Any:
-        named = dict(zip(names, arrays, strict=True))
-        first = [named.pop(name) for name in op.positional]
-        return function(*first, **named, implementation=implementation)
-
-    donated = [names.index(name) for name in op.mutated_in(names)]
-    program = jax.jit(positional, donate_argnums=donated)
-
-    def issue() -> None:
-        operands.keep(program(*(operands.arrays[name] for name in names)))
-
-    return Call(implementation, "jax", issue, operands.wait)

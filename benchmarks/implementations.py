@@ -58,16 +58,16 @@ class TorchOperands:
         for name, tensor in self._initial.items():
             dtype = str(tensor.dtype).removeprefix("torch.")
             self.tensors[name] = storage.take(f"{name}, mutable", tuple(tensor.shape), dtype)
-        self.out = torch.empty_like(initial[op.output])
+        self.out = None if op.output is None else torch.empty_like(initial[op.output])
         self.returned: Any = self.out
-        """What the last call gave: y, (y, states …), or its results by name."""
+        """What the last call gave: y, (y, states …), its results by name, or None where no call was and none has a buffer."""
         self.reset()
 
     def reset(self) -> None:
         # First, for what a call returned may be an operand. The next one is likely to be given the same memory.
         for tensor in self.results().values() if self.returned is not self.out else ():
             tensor.fill_(float("nan"))
-        self.returned = self.out.fill_(float("nan"))
+        self.returned = None if self.out is None else self.out.fill_(float("nan"))
         for name, tensor in self._initial.items():
             self.tensors[name].copy_(tensor)
 
@@ -77,7 +77,7 @@ class TorchOperands:
         y, *after = self.returned if isinstance(self.returned, tuple) else (self.returned,)
         # A state that must be updated in place is looked for there, whatever was returned.
         states = {name: self.tensors[name] for name in self._initial} or zip(self._op.fresh, after, strict=True)
-        return {"y": y, **dict(states)}
+        return {self._op.result: y, **dict(states)}
 
 
 class _TorchImplementation:
@@ -130,17 +130,17 @@ class TritonTwin(_TorchImplementation):
 
         named = {name: tensor for name, tensor in operands.tensors.items() if name not in op.positional}
         positional = [operands.tensors[name] for name in op.positional]
-        return functools.partial(op.function(triton_ssm), *positional, **named, **operands.scalars, out=operands.out)
+        buffer = {} if operands.out is None else {"out": operands.out}
+        return functools.partial(op.function(triton_ssm), *positional, **named, **operands.scalars, **buffer)
 
 
 class PeerImplementation(_TorchImplementation):
-    """It picks its own configs, and has rounding points of its own (a softplus without its low bits, for one)."""
-
-    slack = 10.0
+    """It picks its own configs."""
 
     def __init__(self, device: torch.device, peer: Peer, function: Callable[..., Any]):
         super().__init__(device)
-        self.name, self._peer, self._peer_function = peer.implementation, peer, function
+        self.name, self.slack = peer.implementation, peer.slack
+        self._peer, self._peer_function = peer, function
 
     def takes(self, case: Case) -> bool:
         return self._peer.takes(case)
@@ -160,7 +160,7 @@ class JaxOperands:
 
     def __init__(self, op: BenchOp, initial: Tensors):
         self._initial = {name: initial[name] for name in op.mutated_in(initial)}
-        self._after_y = op.after_y(initial)
+        self._names = (op.result, *op.after_y(initial))
         # in the order of the operands, which is that of the compiled program's arguments
         self.arrays = {name: None if name in self._initial else _to_jax(tensor) for name, tensor in initial.items()}
         self._returned: tuple[Any, ...] = ()
@@ -176,12 +176,12 @@ class JaxOperands:
     def keep(self, returned: Any) -> None:
         """Takes what a call returned; its states are the operands of the next one."""
         self._returned = returned if isinstance(returned, tuple) else (returned,)
-        for name, array in zip(self._after_y, self._returned[1:], strict=True):
+        for name, array in zip(self._names[1:], self._returned[1:], strict=True):
             if name in self._initial:
                 self.arrays[name] = array
 
     def results(self) -> dict[str, torch.Tensor]:
-        arrays = zip(("y", *self._after_y), self._returned, strict=True)
+        arrays = zip(self._names, self._returned, strict=True)
         return {name: torch.from_dlpack(array) for name, array in arrays}
 
     def wait(self) -> None:
@@ -190,14 +190,13 @@ class JaxOperands:
         jax.block_until_ready(self._returned)
 
 
-class JaxTwin:
-    """`pallas_ssm` under jit, its state donated and handed from call to call as a model would."""
+class _JaxImplementation:
+    """Shared by our Pallas twin and the peers: `_function` takes the operands by name. Its state is donated and handed from
+    call to call, as a model would."""
 
+    name: str
     framework = "jax"
     slack = 1.0
-
-    def __init__(self, implementation: str):
-        self.name = implementation
 
     def takes(self, case: Case) -> bool:
         return True
@@ -205,24 +204,26 @@ class JaxTwin:
     def compiled_case(self, op: BenchOp, case: Case) -> Case:
         return case  # shapes are static
 
+    def jitted(self, op: BenchOp, case: Case) -> Any:
+        """Of the operands, in their order."""
+        import jax
+
+        names = tuple(op.operands(case))
+        function = self._function(op, case)
+
+        def call(*arrays: Any) -> Any:
+            return function(**dict(zip(names, arrays, strict=True)))
+
+        return jax.jit(call, donate_argnums=[names.index(name) for name in op.mutated_in(names)])
+
     def compile(self, op: BenchOp, case: Case, knobs: Knobs | None) -> Any:
         """The compiled program."""
         import jax
 
-        import pallas_ssm
-
-        operands = op.operands(case)
-        shapes = [jax.ShapeDtypeStruct(operand.shape, jax.numpy.dtype(operand.dtype)) for operand in operands.values()]
-
-        def call(*arrays: Any) -> Any:
-            named = dict(zip(operands, arrays, strict=True))
-            positional = [named.pop(name) for name in op.positional]
-            function = op.function(pallas_ssm)
-            return function(*positional, **named, **op.scalars(case), implementation=self.name)
-
-        donated = [list(operands).index(name) for name in op.mutated_in(operands)]
+        operands = op.operands(case).values()
+        shapes = [jax.ShapeDtypeStruct(operand.shape, jax.numpy.dtype(operand.dtype)) for operand in operands]
         with _pinned(op, "pallas", knobs):
-            return jax.jit(call, donate_argnums=donated).lower(*shapes).compile()
+            return self.jitted(op, case).lower(*shapes).compile()
 
     def bind(self, op: BenchOp, operands: JaxOperands, compiled: Any, knobs: Knobs | None) -> Call:
         names, arrays = tuple(operands.arrays), operands.arrays
@@ -231,6 +232,43 @@ class JaxTwin:
             operands.keep(compiled(*(arrays[name] for name in names)))
 
         return Call(self.name, self.framework, issue, operands.wait)
+
+    def _function(self, op: BenchOp, case: Case) -> Callable[..., Any]:
+        raise NotImplementedError
+
+
+class JaxTwin(_JaxImplementation):
+    def __init__(self, implementation: str):
+        self.name = implementation
+
+    def _function(self, op: BenchOp, case: Case) -> Callable[..., Any]:
+        import pallas_ssm
+
+        function = op.function(pallas_ssm)
+
+        def call(**named: Any) -> Any:
+            positional = [named.pop(name) for name in op.positional]
+            return function(*positional, **named, **op.scalars(case), implementation=self.name)
+
+        return call
+
+
+class JaxPeerImplementation(_JaxImplementation):
+    def __init__(self, peer: Peer, function: Callable[..., Any]):
+        self.name, self.slack = peer.implementation, peer.slack
+        self._peer, self._peer_function = peer, function
+
+    def takes(self, case: Case) -> bool:
+        return self._peer.takes(case)
+
+    def _function(self, op: BenchOp, case: Case) -> Callable[..., Any]:
+        return lambda **named: self._peer.adapt(self._peer_function, named, **op.scalars(case))
+
+
+def of_peer(device: torch.device, peer: Peer, function: Callable[..., Any]) -> Implementation:
+    if peer.framework == "jax":
+        return JaxPeerImplementation(peer, function)
+    return PeerImplementation(device, peer, function)
 
 
 OWN: dict[str, Callable[[torch.device], Implementation]] = {

@@ -25,11 +25,11 @@ class Operand(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """Some part of one result, as an index into it, and what it must be, in float64."""
+    """Some part of one result, as an index into it, and what it must be, in float64; None where it has no meaning."""
 
     result: str
     index: int | slice | torch.Tensor | tuple[int | slice, ...]
-    expected: torch.Tensor
+    expected: torch.Tensor | None
 
 
 class Sweep(NamedTuple):
@@ -45,6 +45,10 @@ def point_name(axis: str, size: int, line: str = "") -> str:
     return f"{line}: {axis}={size}" if line else f"{axis}={size}"
 
 
+def _as_drawn(case: Case, tensors: dict[str, torch.Tensor], generator: torch.Generator) -> None:
+    """Operands that have nothing to do with each other."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class BenchOp:
     """`spec.name` is the function's name in both packages; a stage's is gdn_chunk_o for gdn.chunk_o."""
@@ -54,12 +58,17 @@ class BenchOp:
     """The arguments passed by position; every other operand is passed by name."""
     scalars: Callable[[Case], Mapping[str, object]]
     """A case's keyword arguments that are no tensors."""
-    output: str
-    """The operand whose shape and dtype the output `y` has."""
+    output: str | None
+    """The operand whose shape and dtype the first result has, for the buffer that torch gets; None where it takes none."""
     mutated: tuple[str, ...]
-    """Operands that the op updates, where a case has them: in place in torch, returned after y (and donated) in JAX."""
+    """Operands that the op updates, where a case has them: in place in torch, returned after the first result (and donated)
+    in JAX."""
     fresh: tuple[str, ...] = ()
-    """What it returns after y in both packages where a case has none of `mutated`."""
+    """What it returns after the first result in both packages where a case has none of `mutated`."""
+    own: tuple[str, ...] = ("triton", "mosaic_gpu", "xla")
+    """The implementations of this repository that there are."""
+    untuned: Mapping[str, str] = field(default_factory=dict)
+    """Twins whose launches read no table, and why."""
     exact: tuple[str, ...] = ()
     """Results that are copies of inputs, and must be so bit for bit."""
 
@@ -69,11 +78,15 @@ class BenchOp:
     """Where every candidate is timed when each size is a compile of its own; the rest see the best of these."""
     grid: Mapping[str, tuple[int, ...]]
     """Static keys the tuner goes through by default."""
+    tuned_dtypes: tuple[str, ...] | None = None
+    """Likewise table dtypes; None for all of them."""
     sweeps: Mapping[str, Sweep]
+    drawn: bool = True
+    """Whether sweeps are curves, one figure each and dtype; else a few shapes for a table."""
     run_dtypes: tuple[str, ...]
-    """What `run` measures and plots, one figure a sweep and dtype."""
+    """What `run` measures."""
     dtype_field: Literal["dtype", "state_dtype"]
-    """Which dtype of a case sweeps and tables go by."""
+    """Which dtypes of a case stand in results."""
     quoted_as: str | None = None
     """The op's name in files of peers' figures."""
     quoted_statics: Mapping[str, int] = field(default_factory=dict)
@@ -86,6 +99,8 @@ class BenchOp:
     single: Callable[[Case], Case]
     """The smallest case that compiles the same Triton kernel: what warms it up."""
     operands: Callable[[Case], dict[str, Operand]]
+    finish: Callable[[Case, dict[str, torch.Tensor], torch.Generator], None] = _as_drawn
+    """Makes drawn operands into what follows from others of them, in place."""
     pieces: Callable[[Case, Tensors], Iterator[Piece]]
     """The definition in float64 on the device, piece by piece: every element of every result, once."""
     bytes_moved: Callable[[Case], int]
@@ -107,15 +122,21 @@ class BenchOp:
     def function(self, package: Any) -> Callable[..., Any]:
         return OPERATORS[self.operator].function(package, {})
 
+    @property
+    def result(self) -> str:
+        """The name of what it returns first."""
+        return OPERATORS[self.operator].outputs[0]
+
     def dtype_of(self, case: Case) -> str:
-        return getattr(case, self.dtype_field)
+        """The one that tables and figures go by."""
+        return OPERATORS[self.operator].table_dtype(case)
 
     def mutated_in(self, operands: Collection[str]) -> tuple[str, ...]:
         """Of a case with these operands, those that a call updates."""
         return tuple(name for name in self.mutated if name in operands)
 
     def after_y(self, operands: Collection[str]) -> tuple[str, ...]:
-        """What a call on these operands has for results besides y."""
+        """What a call on these operands has for results besides the first."""
         return self.mutated_in(operands) or self.fresh
 
 
@@ -147,4 +168,5 @@ def draw(op: BenchOp, case: Case, storage: Storage, seed: int = 0) -> dict[str, 
     for name, operand in op.operands(case).items():
         tensors[name] = storage.take(name, operand.shape, operand.dtype)
         operand.fill(tensors[name], generator)
+    op.finish(case, tensors, generator)
     return tensors

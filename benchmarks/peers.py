@@ -7,23 +7,31 @@ from typing import Any
 
 from parity_tests.cases import Case
 
+XLA_TOKENS = 8192
+"""Up to here peers in plain JAX are measured: XLA compiles every length anew, and they hold much in memory."""
+
 
 @dataclass(frozen=True)
 class Peer:
     """`adapt(function, tensors, out, **scalars)` gives a call of `function` the way its users call it.
 
     The call returns y where it updates our own operands, else its results by name: those that it has in our layout.
-    What its users prepare once and not in every layer, `adapt` prepares.
+    What its users prepare once and not in every layer, `adapt` prepares. A peer in JAX is traced: `adapt(function, arrays,
+    **scalars)` gives the results themselves, in the order in which our own function returns them.
     """
 
     name: str
     module: str
     function: str
-    adapt: Callable[..., Callable[[], Any]]
+    adapt: Callable[..., Any]
     takes: Callable[[Case], bool] = lambda case: True
     """Whether the case is one that it is made for."""
     autotunes: bool = False
     """Whether its first call measures."""
+    slack: float = 10.0
+    """How many tolerances it may be off by: it has rounding points of its own (a softplus without its low bits, for one)."""
+
+    framework: str = "torch"
 
     @property
     def implementation(self) -> str:

@@ -1,5 +1,7 @@
 """`python -m benchmarks run <op>`: both twins, XLA, the peers and the copy ceiling, one process, one clock.
 
+`run stages [op …]`: the stages of the chunked operators one after the other, a result file each.
+
 At every shape each implementation's values are checked against the float64 definition first; one that is wrong is not
 timed. Implementations take turns within a shape.
 """
@@ -17,8 +19,8 @@ from tqdm import tqdm
 from parity_tests.cases import Case, select
 from ssm_configs import Device, explain
 
-from . import environment, peers, plot, results
-from .implementations import OWN, Implementation, PeerImplementation
+from . import environment, peers, plot, results, stages
+from .implementations import OWN, Implementation, of_peer
 from .lab import Lab
 from .machine import Machine, this_machine
 from .op import BenchOp, Storage
@@ -44,20 +46,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         command.add_argument("--sizes", type=int, nargs="+", metavar="N", help="in place of each sweep's own")
         dtypes = (*op.spec.dtypes, *op.spec.dtype_aliases)
         command.add_argument("--dtypes", nargs="+", default=op.run_dtypes, choices=dtypes, help=op.spec.dtype_key)
-        command.add_argument("--no-cases", action="store_true", help="the sweeps alone, without the models' shapes")
-        names = (*OWN, *(peer.implementation for peer in op.peers))
+        names = (*op.own, *(peer.implementation for peer in op.peers))
         command.add_argument("--implementations", nargs="+", default=names, choices=names, help="only these")
-        command.add_argument("--clock", choices=CLOCKS, default="kineto", help="events: no profiler, but torch only")
         command.set_defaults(peers_figures=None)
         if op.quoted_as:
             command.add_argument(
                 "--peers-figures", type=Path, metavar="JSONL", help="quoted for peers that are not installed"
             )
-        command.add_argument("--out", type=Path, help="folder (default: benchmarks/results/<device>)")
+        _add_common(command)
+    _add_common(stages.add_parser(ops, "time", __doc__))
+
+
+def _add_common(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--no-cases", action="store_true", help="the sweeps alone, without the models' shapes")
+    command.add_argument("--clock", choices=CLOCKS, default="kineto", help="events: no profiler, but torch only")
+    command.add_argument("--out", type=Path, help="folder (default: benchmarks/results/<device>)")
 
 
 def validate(arguments: argparse.Namespace) -> None:
     """ValueError or OSError for what argparse cannot see."""
+    if arguments.op == stages.NAME:
+        return stages.validate(arguments)
     op = OPS[arguments.op]
     cases = sweep(op, arguments.sweeps, arguments.sizes, arguments.dtypes)
     if arguments.peers_figures:
@@ -65,16 +74,26 @@ def validate(arguments: argparse.Namespace) -> None:
 
 
 def main(arguments: argparse.Namespace) -> int:
-    return run(OPS[arguments.op], arguments, this_machine(arguments.clock))
+    machine = this_machine(arguments.clock)
+    if arguments.op == stages.NAME:
+        return stages.each(arguments.ops, lambda name: run(OPS[name], _defaults(OPS[name], arguments), machine))
+    return run(OPS[arguments.op], arguments, machine)
+
+
+def _defaults(op: BenchOp, arguments: argparse.Namespace) -> argparse.Namespace:
+    """What `run` of this one operator would have without further words."""
+    names = (*op.own, *(peer.implementation for peer in op.peers))
+    own = {"sweeps": list(op.sweeps), "sizes": None, "dtypes": op.run_dtypes, "implementations": names}
+    return argparse.Namespace(**{**vars(arguments), **own, "op": op.name, "peers_figures": None})
 
 
 def run(op: BenchOp, arguments: argparse.Namespace, machine: Machine) -> int:
     present, missing = peers.find(op.peers)
     for peer, reason in missing.items():
         print(f"{peer.implementation} is missing: {reason}")
-    implementations: dict[str, Implementation] = {name: make(machine.device) for name, make in OWN.items()}
+    implementations: dict[str, Implementation] = {name: OWN[name](machine.device) for name in op.own}
     for peer, function in present.items():
-        implementations[peer.implementation] = PeerImplementation(machine.device, peer, function)
+        implementations[peer.implementation] = of_peer(machine.device, peer, function)
     for name, implementation in list(implementations.items()):
         if name not in arguments.implementations:
             del implementations[name]
@@ -96,8 +115,9 @@ def run(op: BenchOp, arguments: argparse.Namespace, machine: Machine) -> int:
         versions = environment.versions() | {peer.name: peer.version() for peer in present}
         results.write(path, op.name, machine.target.table_name, versions, environment.command(), rows)
         print(path)
-    for written in plot.draw(path):
-        print(written)
+    if op.drawn:
+        for written in plot.draw(path):
+            print(written)
     for failure in failures:
         print(f"FAILED {failure}", file=sys.stderr)
     return 1 if failures else 0
@@ -187,7 +207,7 @@ def measure(
 def _config(op: BenchOp, name: str, case: Case, target: Device) -> dict[str, Any] | None:
     """The launch knobs and the rule that gave them, for the implementations that read our tables."""
     twin = {"triton": "triton", "mosaic_gpu": "pallas"}.get(name)
-    if twin is None:
+    if twin is None or twin in op.untuned:
         return None
     size, statics = op.table_key(case)
     config = explain(op.name, twin=twin, device=target, dtype=op.dtype_of(case), size=size, **statics).config

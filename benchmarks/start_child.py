@@ -20,7 +20,7 @@ def measure(op_name: str, name: str) -> dict[str, float | int]:
 
     import torch
 
-    from .implementations import OWN, JaxOperands, PeerImplementation, TorchOperands
+    from .implementations import OWN, JaxOperands, TorchOperands, of_peer
     from .op import Storage, draw
     from .ops import OPS
     from .start_command import case_of
@@ -33,7 +33,7 @@ def measure(op_name: str, name: str) -> dict[str, float | int]:
         implementation = OWN[name](device)
     else:
         peer = next(peer for peer in op.peers if peer.implementation == name)
-        implementation = PeerImplementation(device, peer, getattr(module, peer.function))
+        implementation = of_peer(device, peer, getattr(module, peer.function))
     storage = Storage(device)
     initial = draw(op, case, storage)
     on_jax = implementation.framework == "jax"

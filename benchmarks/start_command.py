@@ -25,11 +25,11 @@ from . import environment, peers, results
 from .implementations import OWN
 from .machine import this_machine
 from .op import BenchOp
-from .ops import OPS
+from .ops import OPS, STAGES
 from .run_command import RESULTS
 
-# Stages are parts of these.
-CALLED = tuple(name for name in OPS if not name.startswith(("ssd_", "gdn_")))
+# What a model calls; stages are parts of these, and measured where they are asked for.
+CALLED = tuple(name for name in OPS if name not in STAGES)
 _TIMEOUT_S = 900
 
 
@@ -53,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def add_choices(parser: argparse.ArgumentParser, about: str | None) -> None:
     """What `start` and `host` have in common."""
     parser.description, parser.formatter_class = about, argparse.RawDescriptionHelpFormatter
-    parser.add_argument("ops", nargs="*", metavar="op", help=f"only these, of {', '.join(CALLED)}")
+    parser.add_argument("ops", nargs="*", metavar="op", help=f"of {', '.join(OPS)}; default: all but stages")
     parser.add_argument(
         "--implementations", nargs="+", metavar="NAME", help=f"only these, of {', '.join(OWN)} and peer:<name>"
     )
@@ -69,8 +69,8 @@ def validate(arguments: argparse.Namespace) -> None:
 def check_choices(arguments: argparse.Namespace) -> None:
     """And fills in what was left open."""
     for op in arguments.ops:
-        if op not in CALLED:
-            raise ValueError(f"op: expected some of {', '.join(CALLED)}, got {op}")
+        if op not in OPS:
+            raise ValueError(f"op: expected some of {', '.join(OPS)}, got {op}")
     arguments.ops = arguments.ops or list(CALLED)
     known = known_implementations(arguments.ops)
     for name in arguments.implementations or ():
@@ -91,7 +91,8 @@ def main(arguments: argparse.Namespace) -> int:
         for peer, reason in missing.items():
             print(f"{op}: {peer.implementation} is missing: {reason}")
         takes = [peer.implementation for peer in present if peer.takes(case_of(OPS[op]))]
-        names = [name for name in (*OWN, *takes) if name in (arguments.implementations or (*OWN, *takes))]
+        every = (*OPS[op].own, *takes)
+        names = [name for name in every if name in (arguments.implementations or every)]
         todo += [(op, name) for name in names for _ in range(arguments.repeats)]
         versions |= {peer.name: peer.version() for peer in present}
     try:
@@ -114,7 +115,7 @@ def main(arguments: argparse.Namespace) -> int:
 
 def case_of(op: BenchOp) -> Case:
     """A model's shape; where the registry has none, the smallest of the op's first sweep."""
-    if cases := select(op=op.name, tags=("standard",)):
+    if cases := select(op=op.operator, tags=("standard",)):
         return cases[0]
     sweep = next(iter(op.sweeps.values()))
     return sweep.case(min(sweep.sizes), op.run_dtypes[0])

@@ -36,7 +36,10 @@ def assemble(
     earlier: Table | None,
     metadata: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """`winners`: per twin that was measured, per size. Sizes and twins that were not keep their earlier entry."""
+    """`winners`: per twin that was measured, per size. Sizes and twins that were not keep their earlier entry.
+
+    `metadata`: over what the table has; None takes a key away.
+    """
     old_entries = {entry.size: entry for entry in earlier.entries} if earlier else {}
     old_times = dict(earlier.metadata.get(_MEASURED, {})) if earlier else {}
     measured_us: dict[str, dict[str, float]] = {}
@@ -73,7 +76,8 @@ def assemble(
         if times:
             measured_us[str(size)] = times
     old_metadata = dict(earlier.metadata) if earlier else {}
-    return {**old_metadata, **metadata, "source": SOURCE, _MEASURED: measured_us, **table}
+    told = {key: value for key, value in {**old_metadata, **metadata}.items() if value is not None}
+    return {**told, "source": SOURCE, _MEASURED: measured_us, **table}
 
 
 def update(path: Path, spec: OpSpec, statics: Statics, device: Device, dtype: str, **parts: Any) -> None:

@@ -95,7 +95,7 @@ def validate(arguments: argparse.Namespace) -> None:
         raise ValueError("--clock events cannot time JAX: add --twin triton")
     op = OPS[arguments.op]
     for size in arguments.sizes:
-        op.case(size, {key: values[0] for key, values in op.grid.items()}, op.spec.dtypes[0])
+        op.case(size, {key: values[0] for key, values in op.grid.items()}, (op.tuned_dtypes or op.spec.dtypes)[0])
 
 
 def main(arguments: argparse.Namespace) -> int:
@@ -113,7 +113,11 @@ def run(op: BenchOp, arguments: argparse.Namespace, machine: Machine) -> int:
         print(f"{op.name}: no table of {machine.target.table_name} to compare with", file=sys.stderr)
         return 1
     storage = Storage(machine.device)
-    labs = {twin: Lab(op, OWN[TUNED[twin]](machine.device), machine.clock, storage) for twin in arguments.twin}
+    for twin in arguments.twin:
+        if twin in op.untuned:
+            print(f"{op.name}: {twin} reads no table: {op.untuned[twin]}")
+    twins = [twin for twin in arguments.twin if twin not in op.untuned]
+    labs = {twin: Lab(op, OWN[TUNED[twin]](machine.device), machine.clock, storage) for twin in twins}
     rows: list[Row] = []
     try:
         for table in tqdm(tables, unit="table", disable=None):

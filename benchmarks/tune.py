@@ -2,11 +2,12 @@
 
 One table is one (static sizes, dtype) on one device. For each twin:
 
-1. Every candidate is compiled ahead and checked once against the float64 definition, y and state, at a middle size.
+1. Every candidate is compiled ahead and checked once against the float64 definition, every result, at a middle size. Where
+   time is short, some are not: candidates stand in the order in which they are worth their time.
 2. Every correct candidate is timed at the op's `first_sizes` and wherever else the same compiled kernels serve (in Triton
-   most sizes, in JAX none); the best of those are timed at the other sizes.
+   most sizes, in JAX none); the best of those are timed at the other sizes, with what the written rule has for each.
 3. `winners.choose` picks, and each winner is checked again at its own size. One that fails there is out, and the choice
-   is made anew.
+   is made anew. The fastest of a size is checked as soon as it is known, so that a tuner that is stopped has rows to write.
 
 Every measurement is logged before the next one starts, and the table is a function of the logs of both twins.
 """
@@ -27,6 +28,8 @@ from .tuning_log import TuningLog, config_of
 
 KEEP = 3
 """Candidates that go on to a size from the nearest anchor; each of the others sends its winner."""
+_BATCH = 16
+"""Candidates that are compiled at once: nothing can stop the tuner meanwhile."""
 
 
 class Bench(Protocol):
@@ -86,22 +89,43 @@ class TuningError(RuntimeError):
     """No candidate is left for a size."""
 
 
-def tune(job: Job, bench: Bench, log: TuningLog, step: Callable[[int], Any] = lambda n: None) -> None:
-    """Measures until `winners.from_log` has a checked winner for every size. `step(n)`: n more configs are timed."""
+def tune(
+    job: Job,
+    bench: Bench,
+    log: TuningLog,
+    step: Callable[[int], Any] = lambda n: None,
+    is_late: Callable[[], bool] = lambda: False,
+    rule: Callable[[int], Knobs] | None = None,
+) -> None:
+    """Measures until `winners.from_log` has a checked winner for every size. `step(n)`: n more configs are timed.
+
+    `is_late()`: whether to time those candidates alone that have been compiled by now. `rule(size)`: the written rule's config,
+    which no table should be slower than.
+    """
     cases = {size: job.case(size) for size in job.sizes}
     first = job.first_sizes(bench.compiled_case)
 
-    _compile(bench, log, cases, [(size, knobs) for size in first for knobs in job.candidates])
-    correct = [knobs for knobs in job.candidates if _check(bench, log, job.check_size, cases, knobs) is None]
+    correct: list[Knobs] = []
+    for batch in itertools.batched(job.candidates, _BATCH):
+        if correct and is_late():
+            break
+        _compile(bench, log, cases, [(size, knobs) for size in first for knobs in batch])
+        correct += [knobs for knobs in batch if _check(bench, log, job.check_size, cases, knobs) is None]
     # Large sizes first: their buffers then serve the small ones.
     for size in sorted(first, reverse=True):
         _time(job, bench, log, cases, size, correct, step)
+        _check_fastest(bench, log, size, cases)
 
     rest = [size for size in job.sizes if size not in first]
-    finalists = {size: _finalists(log, size, job.anchors, correct) for size in rest}
+    finalists = {size: _finalists(log, size, job.anchors, correct)[: 1 if is_late() else None] for size in rest}
+    if rule is not None and not is_late():
+        for size, configs in finalists.items():
+            if config_of(rule(size)) not in map(config_of, configs):
+                configs.append(rule(size))
     _compile(bench, log, cases, [(size, knobs) for size in rest for knobs in finalists[size]])
     for size in sorted(rest, reverse=True):
         _time(job, bench, log, cases, size, finalists[size], step)
+        _check_fastest(bench, log, size, cases)
 
     while True:
         chosen = winners.from_log(log, job.sizes)
@@ -121,6 +145,13 @@ def is_complete(log: TuningLog, sizes: Sequence[int]) -> bool:
     return chosen is not None and all((size, config) in log.verdicts for size, config in chosen.items())
 
 
+def tried(job: Job, log: TuningLog) -> int:
+    """How many of a job's candidates were timed or found wrong."""
+    known = {config for times in log.times.values() for config in times}
+    known |= {config for (_, config), wrong in log.verdicts.items() if wrong is not None}
+    return sum(config_of(knobs) in known for knobs in job.candidates)
+
+
 def repeats(floor_us: float) -> int:
     """Enough for a median; a long kernel needs fewer, for its clock is finer and its noise smaller."""
     return 15 if floor_us < 1000 else 7 if floor_us < 5000 else 5
@@ -134,7 +165,7 @@ def floor_us(op: BenchOp, case: Case) -> float:
 def timed_configs(job: Job, compiled_case: Callable[[Case], Case]) -> dict[int, int]:
     """How many configs are timed at each size, at most."""
     first = job.first_sizes(compiled_case)
-    finalists = min(len(job.candidates), KEEP + len(job.anchors) - 1)
+    finalists = min(len(job.candidates), KEEP + len(job.anchors) - 1) + 1  # the rule's
     return {size: len(job.candidates) if size in first else finalists for size in job.sizes}
 
 
@@ -182,6 +213,13 @@ def _check(bench: Bench, log: TuningLog, size: int, cases: Mapping[int, Case], k
         wrong, errors = bench.check(cases[size], knobs)
         log.add_verdict(size, knobs, wrong, errors=errors)
         return wrong
+
+
+def _check_fastest(bench: Bench, log: TuningLog, size: int, cases: Mapping[int, Case]) -> None:
+    """Until one passes."""
+    for config in sorted(log.times.get(size, {}), key=log.times.get(size, {}).__getitem__):
+        if log.verdicts.get((size, config)) is None and _check(bench, log, size, cases, dict(config)) is None:
+            return
 
 
 def _time(

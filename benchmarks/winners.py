@@ -32,6 +32,15 @@ def choose(times: Mapping[int, Mapping[Config, float]], slack: float = SLACK) ->
     return chosen
 
 
+def checked_so_far(log: TuningLog, sizes: Collection[int]) -> dict[int, Config]:
+    """Winners among the configs that were timed and found right at a size, for the sizes that have any."""
+    times = {
+        size: {c: us for c, us in log.times.get(size, {}).items() if log.verdicts.get((size, c), "unknown") is None}
+        for size in sizes
+    }
+    return choose({size: of_size for size, of_size in times.items() if of_size})
+
+
 def from_log(log: TuningLog, sizes: Collection[int]) -> dict[int, Config] | None:
     """The winners as far as the log goes, leaving out what failed at a size; None where a size has no time yet.
 

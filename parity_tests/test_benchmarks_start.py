@@ -163,13 +163,14 @@ def test_host_dispatches_without_compiling_again():
     import jax
 
     import pallas_ssm
-    from benchmarks.implementations import JaxOperands
+    from benchmarks.implementations import JaxOperands, JaxTwin
     from benchmarks.op import Storage, draw
 
     op = OPS["selective_state_update"]
     case = select(op=op.name, tags=("ci",))[0]
     operands = JaxOperands(op, draw(op, case, Storage(MACHINE.device)))
-    call = host_command.jitted_call(op, case, "xla", operands)
+    twin = JaxTwin("xla")
+    call = twin.bind(op, operands, twin.jitted(op, case), None)
     call.issue()
     with pallas_ssm.forbid_compiles():
         call.issue()  # the state that came back is an argument like the first one

@@ -148,6 +148,15 @@ def test_where_each_size_is_a_compile_the_best_go_on(tmp_path):
     assert {size for size, _ in clock.timed} == set(SIZES)
 
 
+def test_the_written_rule_is_timed_at_every_size(tmp_path):
+    """What is best at 8 is none of the best where all candidates are timed; here it is no candidate at all."""
+    clock = FakeClock(lambda size, rows: 10 + abs(rows - (32 if size == 8 else 4)))
+    slow, record = job("pallas", sizes=(8, 16, 256)), log(tmp_path, "pallas")
+    tune(slow, lab(clock, static_shapes=True), record, rule=lambda size: CANDIDATES["pallas"][0] | {"BLOCK_SIZE_M": 32})
+    assert rows(winners.from_log(record, slow.sizes)) == {8: 32, 16: 4, 256: 4}
+    assert (16, 32) not in clock.timed
+
+
 def _wrong_y(size, knobs, results):
     if knobs["BLOCK_SIZE_M"] == 4:
         results["y"][0, 0, 0] += 1

@@ -14,7 +14,7 @@ from ssm_configs import SPECS
 from ssm_configs.spec import Knobs
 
 from ..op import BenchOp, Operand, Piece, Sweep, Tensors, point_name
-from ..peers import Peer
+from ..peers import XLA_TOKENS, Peer
 from . import _gdn as common
 
 _SPEC = SPECS["chunk_gated_delta_rule"]
@@ -118,35 +118,19 @@ def _flops(case: Case) -> int:
 
 
 def _candidates(twin: str, statics: Mapping[str, int], dtype: str) -> list[Knobs]:
-    K, V = statics["K"], statics["V"]
-    columns = [width for width in (16, 32, 64, 128) if width < 2 * V]
-    stages_that_fit = 232_448 // max(1, (3 * K + 64) * statics["chunk_size"] * 2)
-    if twin == "pallas":
-        unfused: Knobs = {"FUSED": False, "BLOCK_SIZE_V": 64, "num_stages": 2}
-        fused: list[Knobs] = [
-            {"FUSED": True, "BLOCK_SIZE_V": width, "num_stages": stages}
-            for width in columns
-            for stages in (1, 2, 3)
-            if width >= 64 and stages <= stages_that_fit
-        ]
-        return [unfused] if dtype == "float32" else [unfused, *fused]
-    # The stages' own tables say how they run; here only the inverse's warps are left.
+    """The stages' own tables say how they run; of the path through them only the inverse's warps are left."""
     solves = (4, 8) if dtype == "float32" else (2, 4, 8)
-    staged: list[Knobs] = [
-        {"FUSED": False, "BLOCK_SIZE_V": 32, "num_warps": 8, "num_stages": 2, "kkt_num_warps": warps}
-        for warps in solves
-    ]
-    if dtype == "float32":
-        return staged
-    # A thread holds its share of the fp32 state.
-    fused = [
-        {"FUSED": True, "BLOCK_SIZE_V": width, "num_warps": 8, "num_stages": stages, "kkt_num_warps": solve}
-        for width in columns
-        for stages in (1, 2, 3)
-        for solve in (2, 4)
-        if 16 <= K * width / (32 * 8) <= 128 and stages <= stages_that_fit
-    ]
-    return [*staged, *fused]
+    found: list[Knobs] = [{"FUSED": False, "HEADS": 2, "num_stages": 3, "kkt_num_warps": warps} for warps in solves]
+    fits = statics["chunk_size"] == 64 and {statics["K"], statics["V"]} <= {64, 128}
+    if dtype != "float32" and fits:
+        found += [
+            {"FUSED": True, "HEADS": heads, "num_stages": stages, "kkt_num_warps": 4}
+            for heads in (1, 2)
+            for stages in (2, 3, 4)
+        ]
+    names = {knob.name for knob in _SPEC.knobs_of(twin)}
+    kept = [{name: value for name, value in knobs.items() if name in names} for knobs in found]
+    return [knobs for i, knobs in enumerate(kept) if knobs not in kept[:i]]
 
 
 def _results(out: tuple[torch.Tensor, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -240,6 +224,25 @@ def _flashinfer(function: Callable[..., Any], tensors: Tensors, out: torch.Tenso
     return call
 
 
+def _maxtext(
+    function: Callable[..., Any], arrays: Mapping[str, Any], *, chunk_size: int, use_qk_l2norm: bool, **scalars: Any
+) -> Any:
+    """Its layer repeats q and k for the value heads. It returns the last states to those who give first ones."""
+    import jax.numpy as jnp
+
+    del scalars
+    q, k, v = (arrays[name] for name in "qkv")
+    heads = v.shape[2] // k.shape[2]
+    q, k = (jnp.repeat(array, heads, axis=2) for array in (q, k))
+    initial = arrays.get("initial_state")
+    if initial is None:
+        initial = jnp.zeros((v.shape[0], v.shape[2], k.shape[3], v.shape[3]), jnp.float32)
+    return function(
+        q, k, v, arrays["g"], arrays["beta"], chunk_size=chunk_size, initial_state=initial,
+        use_qk_norm_in_gdn=use_qk_l2norm, compute_dtype=v.dtype,
+    )  # fmt: skip
+
+
 def _is_16_bit(case: Case) -> bool:
     return case.dtype != "float32" and case.dims["L"] == 64
 
@@ -263,6 +266,7 @@ CHUNK_GATED_DELTA_RULE = BenchOp(
     # idle SMs, half of them busy, several waves
     first_sizes=(8, 32, 128),
     grid={"K": (128,), "V": (128,), "chunk_size": (64,)},
+    untuned={"pallas": "its kernels' launches follow from the shape alone"},
     sweeps={
         "H32": _sweep("Qwen3-Next (H_k=16, H_v=32)", common.WIDE, _TOKENS),
         "H8": _sweep("Qwen3.5-397B/TP8 (H_k=2, H_v=8)", common.NARROW, _TOKENS),
@@ -288,6 +292,11 @@ CHUNK_GATED_DELTA_RULE = BenchOp(
         Peer(
             "flashinfer", "flashinfer.gdn_prefill", "chunk_gated_delta_rule", _flashinfer,
             lambda case: _is_square(case) and not case.options.get("l2norm"),
+        ),
+        Peer(
+            "maxtext", "maxtext.models.qwen3", "jax_chunk_gated_delta_rule", _maxtext,
+            lambda case: "lengths" not in case.options and case.dims["B"] * case.dims["T"] <= XLA_TOKENS,
+            framework="jax",
         ),
     ),
 )  # fmt: skip

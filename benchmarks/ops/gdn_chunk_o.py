@@ -1,6 +1,5 @@
 """`gdn.chunk_o`, the last of the gated delta rule's stages: the outputs of all chunks at once, from the states before them."""
 
-import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
@@ -11,13 +10,13 @@ import torch
 
 from parity_tests.cases import Case
 from parity_tests.cases_gdn import GDNDims
-from parity_tests.oracle.chunks import Chunk, chunks
 from ssm_configs import SPECS
 from ssm_configs.spec import Knobs
 
 from ..op import BenchOp, Operand, Piece, Sweep, Tensors, point_name
 from ..peers import Peer
 from . import _gdn as common
+from ._stages import places
 
 _SPEC = SPECS["gdn_chunk_o"]
 _KNOWN = ("lengths", "initial", "slow")
@@ -60,13 +59,6 @@ def _single(case: Case) -> Case:
     return replace(case.with_dims(B=1, T=64), name="single")
 
 
-def _places(case: Case) -> tuple[int, list[Chunk]]:
-    """(NC, the chunks) of a case."""
-    lengths = case.options.get("lengths")
-    ends = None if lengths is None else list(itertools.accumulate(lengths, initial=0))
-    return chunks(case.dims["B"], case.dims["T"], case.dims["L"], ends)
-
-
 def _gate(tensor: torch.Tensor, generator: torch.Generator, case: Case) -> None:
     common.decay(tensor, generator, slow=bool(case.options.get("slow")))
     tensor.copy_(common.within_chunks(tensor, case))
@@ -76,7 +68,7 @@ def _operands(case: Case) -> dict[str, Operand]:
     common.check_options(case, _KNOWN)
     B, T, H_v, K, V = (case.dims[key] for key in ("B", "T", "H_v", "K", "V"))
     return common.tokens(case) | {
-        "h": Operand((B, _places(case)[0], H_v, K, V), case.dtype, common.normal),
+        "h": Operand((B, places(case)[0], H_v, K, V), case.dtype, common.normal),
         "g": Operand((B, T, H_v), "float32", partial(_gate, case=case)),
     }
 
@@ -84,7 +76,7 @@ def _operands(case: Case) -> dict[str, Operand]:
 def _pieces(case: Case, tensors: Tensors) -> Iterator[Piece]:
     H_k, H_v, K, L = (case.dims[key] for key in ("H_k", "H_v", "K", "L"))
     causal = torch.ones(L, L, dtype=torch.bool, device=tensors["v"].device).tril()
-    for chunk in _places(case)[1]:
+    for chunk in places(case)[1]:
         rows, length = slice(chunk.begin, chunk.end), chunk.end - chunk.begin
         q, k = (tensors[name][chunk.b, rows].double().transpose(0, 1) for name in ("q", "k"))
         g, v = tensors["g"][chunk.b, rows].double().T, tensors["v"][chunk.b, rows].double().transpose(0, 1)
@@ -99,7 +91,7 @@ def _bytes(case: Case) -> int:
     """q, k, v, o and the states of chunks that there are once, and the fp32 gate."""
     B, T, H_k, H_v, K, V = (case.dims[key] for key in ("B", "T", "H_k", "H_v", "K", "V"))
     width = getattr(torch, case.dtype).itemsize
-    states = len(_places(case)[1]) * H_v * K * V * width
+    states = len(places(case)[1]) * H_v * K * V * width
     return B * T * (2 * (H_k * K + H_v * V) * width + 4 * H_v) + states
 
 
@@ -185,6 +177,8 @@ GDN_CHUNK_O = BenchOp(
     # less than a wave of blocks, some waves, streaming
     first_sizes=(32 * 512, 32 * 8192, 32 * 32768),
     grid={"K": (128,), "V": (128,), "chunk_size": (64,)},
+    tuned_dtypes=("float16",),
+    untuned={"pallas": "its kernel's launch follows from the shape alone"},
     sweeps={
         "H32": _sweep("Qwen3-Next (H_k=16, H_v=32)", common.WIDE, _TOKENS),
         "H8": _sweep("Qwen3.5-397B/TP8 (H_k=2, H_v=8)", common.NARROW, _TOKENS),

@@ -14,13 +14,12 @@ from ssm_configs import SPECS
 from ssm_configs.spec import Knobs
 
 from ..op import BenchOp, Operand, Piece, Sweep, Tensors, point_name
-from ..peers import Peer
+from ..peers import XLA_TOKENS, Peer
+from . import _ssd as common
 
 _SPEC = SPECS["mamba_chunk_scan_combined"]
 # Tokens of a chunk of the float64 definition.
 _CHUNK = 256
-_BY_NAME = {model.name: model for model in MAMBA2_MODELS}
-_NEMOTRON, _MAMBA2 = _BY_NAME["Nemotron-H-8B"], _BY_NAME["Mamba2-2.7B"]
 # In sixteenths of all tokens: sequences that end in the midst of any chunk or piece.
 _FOUR = (1, 7, 3, 5)
 _KNOWN = ("D", "lengths", "initial", "slow", "chunk_aligned")
@@ -65,23 +64,6 @@ def _single(case: Case) -> Case:
     return replace(case.with_dims(B=1, T=512), name="single")
 
 
-def _normal(tensor: torch.Tensor, generator: torch.Generator) -> None:
-    for part in tensor.view(-1).split(1 << 28):
-        part.normal_(generator=generator)
-
-
-def _decay_rate(tensor: torch.Tensor, generator: torch.Generator, slow: bool) -> None:
-    tensor.uniform_(*((1e-3, 0.1) if slow else (1, 16)), generator=generator).neg_()
-
-
-def _step_bias(tensor: torch.Tensor, generator: torch.Generator, slow: bool) -> None:
-    """Mamba-2's initialisation: softplus(dt_bias) is log-uniform in [1e-3, 1e-1]."""
-    step = tensor.uniform_(math.log(1e-3), math.log(1e-1), generator=generator).exp()
-    if slow:
-        step.fill_(7e-3)
-    tensor.copy_(step + torch.log(-torch.expm1(-step)))
-
-
 def _operands(case: Case) -> dict[str, Operand]:
     if unknown := [name for name, value in case.options.items() if value and name not in _KNOWN]:
         raise ValueError(f"{case}: {', '.join(unknown)} cannot be benchmarked")
@@ -93,16 +75,16 @@ def _operands(case: Case) -> dict[str, Operand]:
         tensor.copy_(torch.tensor([0, *lengths]).cumsum(0))
 
     operands = {
-        "x": Operand((B, T, H, P), case.dtype, _normal),
-        "dt": Operand((B, T, H), case.dtype, _normal),
-        "A": Operand((H,), "float32", partial(_decay_rate, slow=slow)),
-        "B": Operand((B, T, G, N), case.dtype, _normal),
-        "C": Operand((B, T, G, N), case.dtype, _normal),
-        "D": Operand((H,), "float32", _normal),
-        "dt_bias": Operand((H,), "float32", partial(_step_bias, slow=slow)),
+        "x": Operand((B, T, H, P), case.dtype, common.normal),
+        "dt": Operand((B, T, H), case.dtype, common.normal),
+        "A": Operand((H,), "float32", partial(common.decay_rate, slow=slow)),
+        "B": Operand((B, T, G, N), case.dtype, common.normal),
+        "C": Operand((B, T, G, N), case.dtype, common.normal),
+        "D": Operand((H,), "float32", common.normal),
+        "dt_bias": Operand((H,), "float32", partial(common.step_bias, slow=slow)),
     }
     if case.options.get("initial"):
-        operands["initial_states"] = Operand((len(lengths or [0] * B), H, P, N), "float32", _normal)
+        operands["initial_states"] = Operand((len(lengths or [0] * B), H, P, N), "float32", common.normal)
     if lengths:
         operands["cu_seqlens"] = Operand((len(lengths) + 1,), "int32", bounds)
     return operands
@@ -225,6 +207,21 @@ def _mamba_ssm(
     return call
 
 
+def _bonsai(function: Callable[..., Any], arrays: Mapping[str, Any], *, chunk_size: int, **scalars: Any) -> Any:
+    """Its layer hands over B and C for every head. Steps in fp32, as there: sums of decays in bf16 are of no use."""
+    import jax.numpy as jnp
+
+    del scalars
+    heads = arrays["x"].shape[2] // arrays["B"].shape[2]
+    B, C = (jnp.repeat(arrays[name], heads, axis=2) for name in "BC")
+    initial = arrays.get("initial_states")
+    y, final = function(
+        arrays["x"], arrays["dt"].astype(jnp.float32), arrays["A"], B, C, chunk_size, arrays["D"], arrays["dt_bias"],
+        0.0, math.inf, None if initial is None else initial[:, None], return_final_states=True,
+    )  # fmt: skip
+    return y.astype(arrays["x"].dtype), final
+
+
 _TOKENS = (1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072)
 
 MAMBA_CHUNK_SCAN_COMBINED = BenchOp(
@@ -238,10 +235,10 @@ MAMBA_CHUNK_SCAN_COMBINED = BenchOp(
     first_sizes=(1024, 8192),
     grid={"nheads": (16, 32, 48, 64, 80, 128, 256), "headdim": (64,), "dstate": (128,)},
     sweeps={
-        "H128": _sweep("Nemotron-H-8B (H=128, G=8)", _NEMOTRON, _TOKENS),
-        "H80": _sweep("Mamba2-2.7B (H=80, G=1)", _MAMBA2, _TOKENS),
-        "H16": _sweep("Nemotron-H-8B/TP8 (H=16, G=1)", _NEMOTRON.slice(8), _TOKENS),
-        "H128-packed": _sweep("Nemotron-H-8B, four packed and resumed sequences", _NEMOTRON, _TOKENS, packed=True),
+        "H128": _sweep("Nemotron-H-8B (H=128, G=8)", common.NEMOTRON, _TOKENS),
+        "H80": _sweep("Mamba2-2.7B (H=80, G=1)", common.MAMBA2, _TOKENS),
+        "H16": _sweep("Nemotron-H-8B/TP8 (H=16, G=1)", common.NEMOTRON.slice(8), _TOKENS),
+        "H128-packed": _sweep("Nemotron-H-8B, four packed and resumed sequences", common.NEMOTRON, _TOKENS, packed=True),
     },
     run_dtypes=("bfloat16",),
     dtype_field="dtype",
@@ -262,6 +259,11 @@ MAMBA_CHUNK_SCAN_COMBINED = BenchOp(
         Peer(
             "mamba_ssm", "mamba_ssm.ops.triton.ssd_combined", "mamba_chunk_scan_combined", _mamba_ssm,
             lambda case: "lengths" not in case.options, autotunes=True,
+        ),
+        Peer(
+            "bonsai", "bonsai.models.mamba2.modeling", "ssd_forward", _bonsai,
+            lambda case: "lengths" not in case.options and case.dims["B"] * case.dims["T"] <= XLA_TOKENS,
+            framework="jax",
         ),
     ),
 )  # fmt: skip

@@ -1,5 +1,6 @@
 """What the page is made of: sections of paragraphs, figures and tables, each figure and table with its source."""
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -79,3 +80,9 @@ class Section:
     def sources(self) -> list[Source]:
         tables = [block for block in self.blocks if isinstance(block, Table)]
         return list(dict.fromkeys(source for one in (*self.pictures, *tables) for source in one.sources))
+
+
+def merged(anchor: str, title: str, sections: Sequence[Section]) -> Section:
+    """One section of several, whose paragraphs say which they are from."""
+    said = [f"{section.title}: {paragraph}" for section in sections for paragraph in section.paragraphs]
+    return Section(anchor, title, said, list(itertools.chain(*(section.blocks for section in sections))))

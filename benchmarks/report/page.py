@@ -1,11 +1,12 @@
 """The sections in their order, what stands before them, and the page around them."""
 
 import statistics
+from collections.abc import Callable
 from pathlib import Path
 
-from ..ops import OPS
+from ..ops import OPS, STAGES
 from . import speed, start, transferred, tuned
-from .blocks import Column, Section, Table
+from .blocks import Column, Section, Table, merged
 from .sources import Results
 
 _COLUMNS = (
@@ -16,11 +17,27 @@ _COLUMNS = (
 
 def sections(results: Results) -> list[Section]:
     made = [_summary(results)]
-    made += [speed.section(op, measured, OPS.get(op)) for op, measured in results.ops.items()]
+    made += _grouped(results, lambda op: speed.section(op, results.ops[op], OPS.get(op)), "speed", "")
     made += start.sections(results)
-    made += [one for op in results.ops if (one := tuned.section(op, results.device, results.folder / "tuning"))]
+    made += _grouped(
+        results, lambda op: tuned.section(op, results.device, results.folder / "tuning"), "tuned", ": tuned rows"
+    )
     made += [transferred.section(op, measured) for op, measured in results.transfer.items()]
     return made
+
+
+def _grouped(results: Results, section: Callable[[str], Section | None], what: str, title: str) -> list[Section]:
+    """A section for every operator, and one for all stages of one."""
+    made: dict[str, list[Section]] = {}
+    for op in results.ops:
+        if one := section(op):
+            made.setdefault(STAGES.get(op, ""), []).append(one)
+    whole = made.pop("", [])
+    for name, of_stages in made.items():
+        anchors = [one.anchor for one in whole]
+        at = anchors.index(f"{what}-{name}") + 1 if f"{what}-{name}" in anchors else len(whole)
+        whole.insert(at, merged(f"{what}-{name}-stages", f"{name}, its stages{title}", of_stages))
+    return whole
 
 
 def render(results: Results, made: list[Section]) -> str:

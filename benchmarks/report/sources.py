@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import results
-from ..ops import OPS
+from ..ops import OPS, STAGES
 from ..results import Row
 from .blocks import Source
 
@@ -30,7 +30,7 @@ OPERATORS = (
     "chunk_gated_delta_rule",
     "fused_recurrent_gated_delta_rule",
 )
-"""What a model calls. Any other operator with a result file comes after these."""
+"""What a model calls. An operator's stages come after it, any other operator with a result file after these."""
 
 _OTHERS = ("start", "host", "transfer")
 _HEAD = ("versions", "date", "command")
@@ -69,7 +69,7 @@ class Results:
             found.append(("start.json", "python -m benchmarks start"))
         if self.host is None:
             found.append(("host.json", "python -m benchmarks host"))
-        untransferred = [op for op in OPS if op in self.ops and op not in self.transfer]
+        untransferred = [op for op in OPS if op in self.ops and op not in self.transfer and op not in STAGES]
         return found + [(f"transfer.json, {op}", f"python -m benchmarks transfer {op}") for op in untransferred]
 
 
@@ -77,7 +77,8 @@ def load(folder: Path) -> Results:
     """ValueError where a file is not what it must be, with its name; OSError where it cannot be read."""
     device = folder.name
     present = {path.stem: path for path in sorted(folder.glob("*.json")) if path.stem not in _OTHERS}
-    order = [op for op in OPERATORS if op in present] + [op for op in present if op not in OPERATORS]
+    known = [name for op in OPERATORS for name in (op, *(stage for stage, whole in STAGES.items() if whole == op))]
+    order = [op for op in known if op in present] + [op for op in present if op not in known]
     if not order:
         raise ValueError(f"{folder}: expected result files of `python -m benchmarks run`, got none")
     return Results(

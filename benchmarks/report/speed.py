@@ -3,12 +3,13 @@
 import re
 import statistics
 from collections.abc import Sequence
+from dataclasses import replace
 
 from parity_tests.operators import OPERATORS
 from parity_tests.tolerances import TOLERANCES
 
-from ..implementations import PeerImplementation
 from ..op import BenchOp
+from ..ops import OPS
 from ..plot import Point, copy_gbps, dtype_of, name_of, points_of, title_of
 from ..results import CEILING, Row
 from .blocks import Column, Picture, Section, Source, Table
@@ -18,7 +19,6 @@ from .sources import Measured, implementations
 _AXES = {
     "E": "E = batch × heads", "T": "T, tokens", "D": "D, channels", "B": "B, sequences", "H": "H, heads",
 }  # fmt: skip
-_OURS = ("triton", "mosaic_gpu", "xla")
 _FLOOR = "copy of the same bytes"
 
 
@@ -26,13 +26,14 @@ def section(op: str, measured: Measured, declared: BenchOp | None) -> Section:
     rows, sources = measured.rows, (measured.source,)
     ceiling = copy_gbps(rows)
     made = Section(f"speed-{op}", op, [_sentence(rows, ceiling, declared)])
-    points = points_of(rows)
+    drawn = declared is None or declared.drawn
+    points = points_of(rows) if drawn else []
     for key in dict.fromkeys(point.figure for point in points):
         own = [point for point in points if point.figure == key]
         made.blocks += [_pictures(op, own, ceiling, sources), _table(op, own, sources)]
     if models := [row for row in rows if row.implementation != CEILING and row not in [point.row for point in points]]:
         made.blocks.append(_models(op, models, sources))
-    made.blocks += [_errors(op, rows, sources), _details(op, rows, sources)]
+    made.blocks += [replace(_errors(op, rows, sources), folded=not drawn), _details(op, rows, sources)]
     return made
 
 
@@ -74,7 +75,7 @@ def _sentence(rows: Sequence[Row], ceiling: float | None, declared: BenchOp | No
     if ceiling:
         said.append(f"The ceiling is a copy in the same run: {ceiling:.0f} GB/s, read and written.")
     if declared:
-        names = (*_OURS, *(peer.implementation for peer in declared.peers))
+        names = (*declared.own, *(peer.implementation for peer in declared.peers))
         if absent := [name_of(name) for name in names if name not in implementations(rows)]:
             said.append(f"Not in this run: {', '.join(absent)}.")
     return " ".join(said)
@@ -186,7 +187,8 @@ def _errors(op: str, rows: Sequence[Row], sources: Sequence[Source]) -> Table:
 def _limit(op: str, implementation: str, dtypes: Sequence[str]) -> float | None:
     """What the gate allowed."""
     name = next((name for name, operator in OPERATORS.items() if operator.table == op), op)
-    slack = PeerImplementation.slack if implementation.startswith("peer:") else 1.0
+    peers = OPS[op].peers if op in OPS else ()
+    slack = next((peer.slack for peer in peers if peer.implementation == implementation), 1.0)
     limits = [slack * TOLERANCES[name, dtype].relative for dtype in dtypes if (name, dtype) in TOLERANCES]
     return max(limits, default=None)
 

@@ -3,6 +3,7 @@
 import statistics
 from collections.abc import Sequence
 
+from ..ops import STAGES
 from ..plot import name_of
 from .blocks import Column, Section, Table
 from .sources import Measured, Results, implementations
@@ -79,4 +80,5 @@ def _from_run(op: str, measured: Measured) -> Table | None:
     if not lines:
         return None
     columns = [Column("implementation", "text"), Column("least"), Column("median"), Column("most"), Column("shapes")]
-    return Table(f"{op}, host time of one call over all shapes, µs", columns, lines, (measured.source,))
+    caption = f"{op}, host time of one call over all shapes, µs"
+    return Table(caption, columns, lines, (measured.source,), folded=op in STAGES)
