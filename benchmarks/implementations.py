@@ -222,8 +222,9 @@ class _JaxImplementation:
 
         operands = op.operands(case).values()
         shapes = [jax.ShapeDtypeStruct(operand.shape, jax.numpy.dtype(operand.dtype)) for operand in operands]
+        jitted = self.jitted(op, case)  # which may import the package: not under an override
         with _pinned(op, "pallas", knobs):
-            return self.jitted(op, case).lower(*shapes).compile()
+            return jitted.lower(*shapes).compile()
 
     def bind(self, op: BenchOp, operands: JaxOperands, compiled: Any, knobs: Knobs | None) -> Call:
         names, arrays = tuple(operands.arrays), operands.arrays

@@ -1,6 +1,8 @@
 """The declaration of `selective_state_update`: byte count, candidates, and its float64 reference against the oracle."""
 
 import dataclasses
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -197,3 +199,15 @@ def test_what_cannot_be_compiled_is_reported_and_raises_when_called():
     assert lab.check(SMALL, None)[0] == "NotImplementedError: no layout"
     with pytest.raises(NotImplementedError):
         lab.call(SMALL)
+
+
+def test_a_config_is_pinned_in_a_process_that_has_compiled_nothing():
+    """The package is imported first: it listens to overrides, and must not miss one."""
+    code = (
+        "import sys; from benchmarks.implementations import JaxTwin; from benchmarks.ops import OPS;"
+        "op = OPS['selective_state_update']; assert 'pallas_ssm' not in sys.modules;"
+        "case = op.case(8, {'headdim': 16, 'dstate': 16}, 'float32');"
+        "JaxTwin('xla').compile(op, case, op.candidates('pallas', {'headdim': 16, 'dstate': 16}, 'float32')[0])"
+    )
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
