@@ -206,8 +206,8 @@ def test_a_config_is_pinned_in_a_process_that_has_compiled_nothing():
     code = (
         "import sys; from benchmarks.implementations import JaxTwin; from benchmarks.ops import OPS;"
         "op = OPS['selective_state_update']; assert 'pallas_ssm' not in sys.modules;"
-        "case = op.case(8, {'headdim': 16, 'dstate': 16}, 'float32');"
-        "JaxTwin('xla').compile(op, case, op.candidates('pallas', {'headdim': 16, 'dstate': 16}, 'float32')[0])"
+        "case = op.case(8, {'headdim': 64, 'dstate': 128}, 'float32');"
+        "JaxTwin('xla').compile(op, case, op.candidates('pallas', {'headdim': 64, 'dstate': 128}, 'float32')[0])"
     )
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
