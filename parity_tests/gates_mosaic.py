@@ -218,7 +218,11 @@ OPS = {
     "causal_conv1d": Op(causal_conv1d, "conv_state", ("BLOCK_SIZE_T", "BLOCK_SIZE_D")),
     "causal_conv1d_update": Op(causal_conv1d_update, "conv_state", ("BLOCK_SIZE_D", "BLOCK_SIZE_B")),
     "fused_recurrent_gated_delta_rule": Op(fused_recurrent_gated_delta_rule, "state", ("BLOCK_SIZE_V",)),
-    "mamba_chunk_scan_combined": Op(mamba_chunk_scan_combined, "final_states_out", ("CHUNKS_PER_PIECE", "num_stages")),
+    "mamba_chunk_scan_combined": Op(
+        mamba_chunk_scan_combined,
+        "final_states_out",
+        ("CHUNKS_PER_PIECE", "HEADS_PER_BLOCK", "STATES_PER_PIECE", "num_stages"),
+    ),
     **{name: Op(ssd_stage, "", ()) for name in SSD_STAGES},
 }
 
@@ -294,7 +298,8 @@ def compile_row(compiler: Compiler, row: Mapping[str, Any]) -> dict[str, Any]:
 
     knobs = {name: row[name] for name in op.knobs if name in row}
     if knobs and name == "mamba_chunk_scan_combined":
-        knobs = {"FUSED": True, "CHUNKS_PER_PIECE": 128, "num_stages": 4} | knobs
+        once = {"HEADS_PER_BLOCK": 1, "STATES_PER_PIECE": 1}
+        knobs = {"FUSED": True, "CHUNKS_PER_PIECE": 128, "num_stages": 4} | once | knobs
     pin = pallas_ssm.override(name, twin="pallas", **knobs) if knobs else contextlib.nullcontext()
     with pin:
         donated = op.state if op.state in arrays and row.get("donate", True) else None

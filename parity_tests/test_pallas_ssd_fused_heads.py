@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from pallas_ssm.ssd import _fused
 from pallas_ssm.ssd._dispatch import prepare_combined
+from pallas_ssm.ssd._fused_block import Block
 from pallas_ssm.ssd._fused_pieces import CHUNK, cut
 
 from .cases import Case
@@ -22,7 +23,7 @@ from .test_pallas_ssd_fused import CONFIG, H200, OP, drawn, small, static_of
 from .test_pallas_ssd_fused_gates import BASE, MAX_REGISTERS, SHARED_LIMIT
 
 # The feeding warpgroup has 64 registers: numbers of the whole block wait in memory, packed also some of the loop over chunks.
-MAX_SPILLED = 448
+MAX_SPILLED = 288
 TWO = {"HEADS_PER_BLOCK": 2}
 
 
@@ -31,7 +32,7 @@ def launched(**knobs: Any) -> Callable[..., tuple[Any, ...]]:
 
     def call(*operands: Any, **keywords: Any) -> tuple[Any, ...]:
         prepared = prepare_combined(**dict(zip(("x", "dt", "A", "B", "C"), operands, strict=True)), **keywords)
-        static = prepared.static
+        static: Any = prepared.static
         launch = _fused.plan(static, H200, CONFIG | knobs)
         assert launch.HEADS_PER_BLOCK == knobs.get("HEADS_PER_BLOCK", 1)
         y, final, intermediate = _fused.run(static, launch, *prepared.operands())
@@ -62,7 +63,12 @@ def test_drawn_calls(case: Case, seed: int, groups: int, piece: int):
     [(None, {}), ((70, 0, 133), {"CHUNKS_PER_PIECE": 2, "STATES_PER_PIECE": 2, "num_stages": 2})],
     ids=["whole", "packed pieces"],
 )
-def test_a_head_has_the_same_bits_alone_and_in_company(lengths: tuple[int, ...] | None, knobs: dict[str, int]):
+def test_a_head_has_the_same_bits_alone_and_in_company(
+    lengths: tuple[int, ...] | None, knobs: dict[str, int], monkeypatch: pytest.MonkeyPatch
+):
+    # XLA on a CPU adds selected numbers in another order than products with ones.
+    feed = Block.feed
+    monkeypatch.setattr(Block, "feed", lambda block, triangle=True: feed(block, triangle=False))
     case = small(lengths, z=True, return_intermediate_states=True).with_dims(H=4, G=2)
     arguments, keywords = draw(case)
     alone, both = (results(case, arguments, keywords, HEADS_PER_BLOCK=heads, **knobs) for heads in (1, 2))
@@ -109,4 +115,4 @@ def test_resources():
         assert row["registers"] <= MAX_REGISTERS, row
         assert row["spill_bytes"] <= MAX_SPILLED, row
         assert row["shared_bytes"] <= SHARED_LIMIT, row
-    assert first["spill_bytes"] <= 64, first
+    assert first["spill_bytes"] <= 32, first

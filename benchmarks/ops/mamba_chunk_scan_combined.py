@@ -138,11 +138,12 @@ def _flops(case: Case) -> int:
 
 
 def _candidates(twin: str, statics: Mapping[str, int], dtype: str) -> list[Knobs]:
-    unfused: Knobs = {"FUSED": False, "CHUNKS_PER_PIECE": 1, "num_stages": 4}
+    unfused: Knobs = {
+        "FUSED": False, "CHUNKS_PER_PIECE": 1, "STATES_PER_PIECE": 1, "HEADS_PER_BLOCK": 1, "num_stages": 4
+    }  # fmt: skip
     whole = 65536  # chunks: more than a sequence has
     pieces = (2, 4, 8, 11, 16, 22, 32, 43, 64, 128, 256, 512, whole)
     if twin == "triton":
-        unfused |= {"STATES_PER_PIECE": 1, "HEADS_PER_BLOCK": 1}
         fused = [
             {
                 "FUSED": True, "CHUNKS_PER_PIECE": chunks, "STATES_PER_PIECE": states, "HEADS_PER_BLOCK": heads,
@@ -153,9 +154,16 @@ def _candidates(twin: str, statics: Mapping[str, int], dtype: str) -> list[Knobs
             for heads in (1, 2)
         ]  # fmt: skip
     else:
+        # Two heads a block came to the same time on an H200, cut as finely as that takes.
+        forms = [(chunks, 1, 1, depth) for chunks in pieces for depth in (3, 4)]
+        forms += [(chunks, states, 2, 3) for chunks in (43, 64) for states in (1, 3)]
         fused = [
-            {"FUSED": True, "CHUNKS_PER_PIECE": chunks, "num_stages": depth} for chunks in pieces for depth in (3, 4)
-        ]
+            {
+                "FUSED": True, "CHUNKS_PER_PIECE": chunks, "STATES_PER_PIECE": states, "HEADS_PER_BLOCK": heads,
+                "num_stages": depth,
+            }
+            for chunks, states, heads, depth in forms
+        ]  # fmt: skip
     return [unfused] if dtype == "float32" else [*fused, unfused]
 
 

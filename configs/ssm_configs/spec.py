@@ -29,6 +29,8 @@ class Knob:
     legal: Collection[int] | type[bool]
     doc: str
     divides: str | None = None
+    default: Value | None = None
+    """What an entry means that was written before there was this knob; None: every entry must say."""
 
     def check(self, value: object, statics: Statics | None = None) -> None:
         """Raise `TypeError` or `ValueError` unless `value` is legal (`statics=None`: whatever the static sizes are)."""
@@ -84,7 +86,8 @@ class OpSpec:
     ) -> Knobs:
         """What `twin` launches with, given an entry's shared knobs and its object for that twin, if it has one."""
         if own is not None:
-            return dict(own)
+            defaults = {knob.name: knob.default for knob in self.knobs_of(twin) if knob.default is not None}
+            return defaults | dict(own)
         return dict(shared) if twin == "triton" else self.pallas_rule(shared, statics)
 
     def table_dtype(self, dtype: str) -> str:
@@ -116,7 +119,7 @@ def check_knobs(
     by_name = {knob.name: knob for knob in knobs}
     if unknown := [name for name in given if name not in by_name]:
         raise ValueError(f"unknown knob {', '.join(map(repr, unknown))}; expected {', '.join(by_name)}")
-    if complete and (missing := [name for name in by_name if name not in given]):
+    if complete and (missing := [knob.name for knob in knobs if knob.name not in given and knob.default is None]):
         raise ValueError(f"missing knob {', '.join(map(repr, missing))}")
     for name, value in given.items():
         by_name[name].check(value, statics)

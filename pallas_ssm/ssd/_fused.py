@@ -5,7 +5,7 @@ x, B and dt once more (`_fused_ends`). Without pieces there is only the one (`_f
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from .._selective_state_update_launch import Unsupported
 from . import _fused_ends, _fused_scan
 from ._combined_call import Floats, Integers, Results, Static
-from ._fused_block import DT_CHUNKS, DT_HEADS, Shape
+from ._fused_block import DT_HEADS, Shape
 from ._fused_pieces import CHUNK, Cut, cut
 from ._tiles import COLUMNS
 
@@ -33,6 +33,10 @@ class Launch:
 
     FUSED: bool
     CHUNKS_PER_PIECE: int
+    HEADS_PER_BLOCK: int
+    """1 as well where two heads have not all of a group, or more state than registers."""
+    STATES_PER_PIECE: int
+    """Fewer where some of them would have no chunk of the piece; 1 as well where there is one piece a sequence."""
     num_stages: int
     """Chunks in shared memory; beside the tiles of a gate as many as still fit."""
     scores: int
@@ -64,19 +68,21 @@ def plan(static: Static, device: Any, config: Mapping[str, Any]) -> Launch:
         raise refuse("needs a token")
     if max(dims.B * dims.T, dims.rows) > _MAX_ROWS:
         raise refuse(f"takes up to 2^31 rows, got B={dims.B} × T={dims.T}")
-    pieces = cut(static, int(config["CHUNKS_PER_PIECE"]))
-    scores = 1 if dims.N > 128 else 2
-    stages = _stages(static, int(config["num_stages"]), scores, gate=False)
-    launch = Launch(True, pieces.tokens // CHUNK, stages, scores, pieces)
-    if Shape(static, pieces, stages, scores).blocks(pieces.slots) > _MAX_GRID:
+    pieces = cut(static, int(config["CHUNKS_PER_PIECE"]), int(config.get("STATES_PER_PIECE", 1)))
+    pairs = dims.N <= 128 and dims.H // dims.G % 2 == 0
+    heads = int(config.get("HEADS_PER_BLOCK", 1)) if pairs else 1
+    # A second warpgroup for one head's products; two heads' states leave no registers for it.
+    scores = 1 if dims.N > 128 or heads > 1 else 2
+    shape = _shape(static, pieces, int(config["num_stages"]), heads, scores, gate=False)
+    if shape.blocks(pieces.shares) > _MAX_GRID:
         raise refuse("takes up to 2^31 - 1 thread blocks")
-    return launch
+    return Launch(True, pieces.tokens // CHUNK, heads, pieces.shares, shape.stages, scores, pieces)
 
 
 def run(static: Static, launch: Launch, floats: Floats, integers: Integers) -> Results:
     dims = static.dims
-    stages = _stages(static, launch.num_stages, launch.scores, gate=floats.z is not None)
-    shape = Shape(static, launch.cut, stages, launch.scores)
+    gate = floats.z is not None
+    shape = _shape(static, launch.cut, launch.num_stages, launch.HEADS_PER_BLOCK, launch.scores, gate)
     arrays = {name: array for name, array in floats._asdict().items() if array is not None}
     # The state in whole tiles of channels, and dt in rows of whole 16 bytes, as TMA wants them. Most shapes have both.
     channels, heads = shape.parts * COLUMNS, 16 // floats.dt.dtype.itemsize
@@ -111,15 +117,16 @@ def _pad(array: jax.Array, axis: int, size: int) -> jax.Array:
     return jnp.pad(array, [(0, size - n if i == axis else 0) for i, n in enumerate(array.shape)])
 
 
-def _stages(static: Static, stages: int, scores: int, gate: bool) -> int:
-    """As many chunks as fit.
+def _shape(static: Static, cut: Cut, stages: int, heads: int, scores: int, gate: bool) -> Shape:
+    """With as many chunks as fit.
 
     Two warpgroups that take turns see every other chunk, and have to see every phase of a slot's barrier: they take an even
     number of slots.
     """
     tile = CHUNK * COLUMNS * 2
-    fixed = 4 * tile + 2 * DT_CHUNKS * CHUNK * DT_HEADS * 4  # M and y twice; dt
-    each = (1 + gate + 2 * static.dims.N // COLUMNS) * tile + 4 * CHUNK * 4
+    shape = Shape(static, cut, stages, heads, scores, dt_chunks=4 // heads)
+    fixed = 4 * heads * tile + 2 * shape.dt_chunks * CHUNK * DT_HEADS * 4  # M and y twice; dt
+    each = (heads * (1 + gate) + 2 * static.dims.N // COLUMNS) * tile + heads * 4 * CHUNK * 4
     while stages > scores and (stages % scores or fixed + stages * each > _MAX_SHARED):
         stages -= 1
-    return stages
+    return replace(shape, stages=stages)

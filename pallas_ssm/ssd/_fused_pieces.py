@@ -6,7 +6,7 @@ slots whatever the lengths are, known without looking at them, and found by a se
 nothing.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import jax
@@ -53,9 +53,24 @@ class Cut:
     """Pieces of a batch row; packed, slots for those of all sequences."""
     several: bool
     """Whether a sequence may have more than one."""
+    shares: int = 1
+    """Thread blocks that compute the end state of a piece; every one has chunks of it."""
+
+    @property
+    def share_tokens(self) -> int:
+        """Of a share; a piece's last may have fewer."""
+        return -(-self.tokens // (CHUNK * self.shares)) * CHUNK
 
 
-def cut(static: Static, chunks_per_piece: int) -> Cut:
+def cut(static: Static, chunks_per_piece: int, shares: int = 1) -> Cut:
+    whole = _cut(static, chunks_per_piece)
+    if not whole.several:
+        return whole
+    wanted = replace(whole, shares=shares)
+    return replace(whole, shares=-(-whole.tokens // wanted.share_tokens))
+
+
+def _cut(static: Static, chunks_per_piece: int) -> Cut:
     dims = static.dims
     if not dims.packed:
         chunks = -(-dims.T // CHUNK)
@@ -64,6 +79,17 @@ def cut(static: Static, chunks_per_piece: int) -> Cut:
     # A piece longer than everything: each sequence has one, in slot n.
     tokens = min(chunks_per_piece, dims.T // CHUNK + 1) * CHUNK
     return Cut(tokens, dims.T // tokens + dims.N_seq + 1, tokens < dims.T)
+
+
+def share(cut: Cut, piece: Piece, i: jax.Array) -> Piece:
+    """Share i of a whole piece."""
+    past = i * cut.share_tokens
+    return piece._replace(
+        begin=piece.begin + past,
+        length=jnp.clip(piece.length - past, 0, cut.share_tokens),
+        row=piece.row + past,
+        slot=piece.slot * cut.shares + i,
+    )
 
 
 def locate(static: Static, cut: Cut, cu_seqlens: Any, b: jax.Array, slot: jax.Array) -> Piece:

@@ -139,7 +139,7 @@ def run_jobs(jobs: Sequence[Job], threads: int, progress: bool, title: str) -> f
     """Runs them all; seconds. The first error, by the job's name, is raised once all have ended."""
     errors: list[tuple[Job, Exception]] = []
     start = time.perf_counter()
-    with _bar(len(jobs), progress, title) as advance, ThreadPoolExecutor(max_workers=threads) as pool:
+    with bar(len(jobs), progress, title) as advance, ThreadPoolExecutor(max_workers=threads) as pool:
 
         def attempt(job: Job, prepared: tuple[Any, ...]) -> None:
             try:
@@ -168,8 +168,8 @@ def run_jobs(jobs: Sequence[Job], threads: int, progress: bool, title: str) -> f
 
 
 @contextlib.contextmanager
-def _bar(total: int, progress: bool, title: str) -> Iterator[Callable[[], object]]:
-    """tqdm's where it is installed."""
+def bar(total: int, progress: bool, title: str) -> Iterator[Callable[[], object]]:
+    """Called as things get done. tqdm's where it is installed."""
     tqdm = None
     if progress and total:
         with contextlib.suppress(ImportError):
@@ -177,5 +177,5 @@ def _bar(total: int, progress: bool, title: str) -> Iterator[Callable[[], object
     if tqdm is None:
         yield lambda: None
         return
-    with tqdm(total=total, desc=title, unit="call", leave=False) as bar:
-        yield bar.update
+    with tqdm(total=total, desc=title, unit="call", leave=False) as shown:
+        yield shown.update

@@ -1,6 +1,7 @@
 """Tuning tables of `mamba_chunk_scan_combined`: which path, and how a sequence is cut into pieces that run in parallel."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from ..devices import Device
 from ..spec import Knob, Knobs, OpSpec, Statics, Value
@@ -19,6 +20,8 @@ _STATES = Knob(
 _HEADS = Knob(
     "HEADS_PER_BLOCK", (1, 2), "heads of a group that one thread block scans, if the group has an even number"
 )
+# Pallas' tables that are older than a knob mean 1.
+_SINCE = (replace(_HEADS, default=1), replace(_STATES, legal=range(1, 9), default=1))
 _STAGES = Knob("num_stages", (2, 3, 4), "chunks on their way into shared memory, as many as fit")
 
 _KNOBS = (_FUSED, _PIECE, _STATES, _HEADS, _STAGES)
@@ -32,7 +35,8 @@ def pallas_rule(shared: Mapping[str, Value], statics: Statics) -> Knobs:
     """
     blocks = statics["nheads"] * -(-statics["headdim"] // 64)
     piece = shared["CHUNKS_PER_PIECE"] if 2 * blocks <= _SMS else _WHOLE
-    return {"FUSED": shared["FUSED"], "CHUNKS_PER_PIECE": piece, "num_stages": 4}
+    once = {"HEADS_PER_BLOCK": 1, "STATES_PER_PIECE": 1}
+    return {"FUSED": shared["FUSED"], "CHUNKS_PER_PIECE": piece, "num_stages": 4} | once
 
 
 def heuristic(statics: Statics, dtype: str, device: Device, size: int) -> Knobs:
@@ -77,7 +81,7 @@ MAMBA_CHUNK_SCAN_COMBINED = OpSpec(
     size_key="tokens",
     knobs=_KNOBS,
     triton_knobs=_KNOBS,
-    pallas_knobs=(_FUSED, _PIECE, _STAGES),
+    pallas_knobs=(_FUSED, _PIECE, *_SINCE, _STAGES),
     pallas_rule=pallas_rule,
     heuristic=heuristic,
     tuned_at=("B", "T"),
