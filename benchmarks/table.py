@@ -16,6 +16,8 @@ COLUMNS = {
     "peer:vllm": "vLLM",
     "peer:mamba_ssm": "mamba_ssm",
     "peer:fla": "FLA",
+    "peer:bonsai": "Bonsai",
+    "peer:maxtext": "MaxText",
     "peer:flash_qla": "FlashQLA",
     "peer:flashinfer": "FlashInfer",
 }

@@ -1,7 +1,6 @@
-"""The operators as jitted functions, and the shapes with which a model's layers call them once sizes are padded to buckets."""
+"""The jitted operators and the shapes with which a model's layers call them once sizes are padded to buckets."""
 
-import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -10,49 +9,10 @@ import jax.numpy as jnp
 
 from ssm_configs.model_dims import ModelDims
 
+from ._warmup_jitted import Jitted, jitted
 from .bucket import bucket
-from .causal_conv1d import causal_conv1d, causal_conv1d_split
-from .causal_conv1d_update import causal_conv1d_update
-from .gdn import chunk_gated_delta_rule, fused_recurrent_gated_delta_rule
-from .selective_state_update import selective_state_update
-from .ssd import mamba_chunk_scan_combined
 
-_FUNCTIONS: dict[str, Callable[..., Any]] = {
-    "causal_conv1d": causal_conv1d,
-    "causal_conv1d_split": causal_conv1d_split,
-    "causal_conv1d_update": causal_conv1d_update,
-    "mamba_chunk_scan_combined": mamba_chunk_scan_combined,
-    "selective_state_update": selective_state_update,
-    "chunk_gated_delta_rule": chunk_gated_delta_rule,
-    "fused_recurrent_gated_delta_rule": fused_recurrent_gated_delta_rule,
-}
-# Pools that an operator returns anew.
-_DONATED = {
-    "causal_conv1d": ("conv_state",),
-    "causal_conv1d_split": ("conv_state",),
-    "causal_conv1d_update": ("conv_state",),
-    "selective_state_update": ("state",),
-    "fused_recurrent_gated_delta_rule": ("state",),
-}
-
-Shapes = dict[str, jax.ShapeDtypeStruct | None]
-
-
-def jitted(op: str, **options: Any) -> Callable[..., Any]:
-    """`op` under `jax.jit`, the same function for the same options, which are all its arguments that are no arrays.
-
-    Call it by keyword. It donates the pool that the operator returns anew. `warmup` compiles these.
-    """
-    if op not in _FUNCTIONS:
-        raise ValueError(f"op: expected one of {tuple(_FUNCTIONS)}, got {op!r}")
-    return _jitted(op, tuple(sorted(options.items())))
-
-
-@functools.cache
-def _jitted(op: str, options: tuple[tuple[str, Any], ...]) -> Callable[..., Any]:
-    function = functools.partial(_FUNCTIONS[op], **dict(options))
-    functools.update_wrapper(function, _FUNCTIONS[op])  # JAX names programs by it
-    return jax.jit(function, donate_argnames=_DONATED.get(op, ()))
+Shapes = dict[str, jax.ShapeDtypeStruct]
 
 
 def buckets(most: int) -> list[int]:
@@ -65,7 +25,7 @@ def buckets(most: int) -> list[int]:
 
 class Program(NamedTuple):
     name: str
-    function: Callable[..., Any]
+    function: Jitted
     shapes: Shapes
 
 

@@ -25,9 +25,12 @@ from ssm_configs.models.warming import Job, Summary
 from ssm_configs.search import SSM_FOLDER, VLLM_FOLDER
 
 from ._selective_state_update_dispatch import IMPLEMENTATIONS
-from ._warmup_programs import Request, make_programs
+from ._stored_programs import digest_circumstances
+from ._warmup_jitted import jitted as jitted
+from ._warmup_jitted import place
+from ._warmup_programs import Program, Request, make_programs
 from ._warmup_programs import buckets as buckets
-from ._warmup_programs import jitted as jitted
+from ._warmup_ready import TITLE, How, make_ready
 
 _COMPILED = "/jax/core/compile/backend_compile_duration"
 _CACHE_HIT = "/jax/compilation_cache/cache_hits"
@@ -46,16 +49,18 @@ def warmup(
     speculative: int = 0,
     implementation: str | None = None,
     programs: Iterable[tuple[Callable[..., Any], tuple[Any, ...]]] = (),
+    processes: int | None = None,
     threads: int | None = None,
     progress: bool = True,
     cache_dir: str | os.PathLike | None = None,
 ) -> Summary:
     """Compiles the operators as `jitted` gives them, at every bucket of tokens and sequences, and the `programs` it is given.
 
-    What it compiled, a later call of the same jitted function finds: in this process without a trace, in another one in JAX's
-    cache on disk. An operator inside of another jitted function is part of that program and compiled with it, which only
-    `programs` can do ahead. Nothing runs, and no array is allocated. Once per process: an equal call later returns the same
-    summary, `cached=True`; a call with `programs` always looks at them.
+    What it made ready, a later call of the same jitted function finds without a trace. With `cache_dir` compiled operators are
+    stored there, and another process loads them (on a GPU, where nobody has tried that yet, only with `processes`). `programs`
+    are traced by every process anew, and then found in JAX's cache. An operator inside of another jitted function is part of
+    that program and compiled with it, which only `programs` can do ahead. Nothing runs, and no array is allocated. Once per
+    process: an equal call later returns the same summary, `cached=True`; a call with `programs` always looks at them.
 
     Args:
         model: a `ModelDims`, a Hugging Face config that `ModelDims.from_config` reads, or None: nothing to warm.
@@ -75,10 +80,14 @@ def warmup(
         speculative: tokens drafted for each sequence and step; the pool of conv states has so many rows more. 0 for none.
         implementation: as for the operators.
         programs: (jitted function, its positional arguments as arrays or `jax.ShapeDtypeStruct`s), to be compiled as well.
-        threads: that compile at a time; by default one a core, 16 at most. Tracing stays in the caller's thread.
+        processes: that compile operators; by default, and under an override, this one alone. More than one take the memory of a
+            CUDA context each (some 500 MiB of the device) until `warmup` returns; what they fail to compile, this one does.
+        threads: that load, and in this process compile, at a time; by default one a core, 16 at most. Tracing stays in the
+            caller's thread.
         progress: whether to show a bar (where tqdm is installed).
-        cache_dir: JAX's compilation cache from now on, for the whole process, and its thresholds such that it keeps every
-            program; by default as it was.
+        cache_dir: a folder where compiled operators are stored. From now on it is JAX's compilation cache as well, for the
+            whole process, and its thresholds such that it keeps every program; by default that is as it was, and nothing is
+            stored. Whoever can write there can run code in this process.
 
     Raises:
         ValueError, TypeError: before anything is compiled.
@@ -89,6 +98,8 @@ def warmup(
     forms = warming.check_names("forms", forms, warming.FORMS)
     entries = warming.check_names("entries", entries, warming.ENTRIES)
     threads = warming.thread_count(threads)
+    if processes is not None:
+        (processes,) = _counts("processes", [processes])
     sequences = _counts("sequences", sequences)
     (slots,) = _counts("slots", [max_batch + 1 if slots is None else slots])
     if implementation is not None and implementation not in IMPLEMENTATIONS:
@@ -99,20 +110,23 @@ def warmup(
         return warming.nothing("pallas_ssm")
     if cache_dir is not None:
         _keep_programs(cache_dir)
+    device = _device()
+    # No GPU has called a program of another process yet: there it takes somebody to ask for it.
+    asked = device.platform == "cpu" or processes is not None
+    circumstances = digest_circumstances(device) if asked else None
+    how = How(device, circumstances, place(device), cache_dir, processes, threads, progress)
     if dims is None:
-        return _warm("", jobs, threads, progress)
+        return _warm("", jobs, [], how)
     ops = warming.operators(dims) if ops is None else warming.check_names("ops", ops, warming.operators(dims))
     request = Request(
         dims, max_tokens, max_batch, ops, forms, entries, sequences, slots, speculative, implementation
     )  # fmt: skip
-    jobs += [_job(name, function, (), shapes) for name, function, shapes in make_programs(request)]
     if programs:
-        return _warm(dims.model, jobs, threads, progress)
+        return _warm(dims.model, jobs, list(make_programs(request)), how)
     # Whatever may lead to another table, device or program.
-    device = jax.config.jax_default_device or jax.devices()[0]
     folders = os.environ.get(SSM_FOLDER), os.environ.get(VLLM_FOLDER)
-    key = ("pallas_ssm", request, str(device), *folders, override_token())
-    return warming.once(key, lambda: _warm(dims.model, jobs, threads, progress))
+    key = ("pallas_ssm", request, str(device), *folders, override_token(), circumstances)
+    return warming.once(key, lambda: _warm(dims.model, [], list(make_programs(request)), how))
 
 
 def _job(name: str, function: Any, arguments: tuple[Any, ...], named: Any = None) -> Job:
@@ -126,23 +140,36 @@ def _remember(job: Job) -> None:
     job.run(*(() if job.prepare is None else (job.prepare(),)))
 
 
-def _warm(model: str, jobs: list[Job], threads: int, progress: bool) -> Summary:
-    before = _peak()
+def _warm(model: str, jobs: list[Job], operators: list[Program], how: How) -> Summary:
+    """`jobs` are the caller's own programs."""
+    before = _peak(how.device)
+    calls = len(jobs) + len(operators)
+    start = time.perf_counter()
+    if how.circumstances is None:
+        # They are found through JAX's traces, which know the circumstances.
+        jobs = jobs + [_job(name, function, (), shapes) for name, function, shapes in operators]
+        operators = []
     with _counted() as counts:
-        seconds = warming.run_jobs(jobs, threads, progress, "pallas_ssm.warmup")
-        start = time.perf_counter()
+        ready = make_ready(operators, how)
+        warming.run_jobs([*jobs, *ready.jobs], how.threads, how.progress, TITLE)
         for job in jobs:
             _remember(job)
-        seconds += time.perf_counter() - start
-    after = _peak()
+    seconds = time.perf_counter() - start
+    after = _peak(how.device)
     peak = None if before is None or after is None else after - before
-    return Summary("pallas_ssm", model, counts[_COMPILED], counts[_CACHE_HIT], len(jobs), seconds, peak)
+    variants = counts[_COMPILED] + ready.held + ready.apart
+    return Summary("pallas_ssm", model, variants, counts[_CACHE_HIT] + ready.held, calls, seconds, peak)
 
 
-def _peak() -> int | None:
-    """The process's peak on the device so far. A warm-up has raised it only if XLA measures alternatives."""
-    device = jax.config.jax_default_device or jax.devices()[0]
-    stats = None if isinstance(device, str) else device.memory_stats()
+def _device() -> Any:
+    """Where calls run by default."""
+    device = jax.config.jax_default_device
+    return jax.devices(device)[0] if device is None or isinstance(device, str) else device
+
+
+def _peak(device: Any) -> int | None:
+    """This process's peak on the device so far. A warm-up has raised it only if XLA measures alternatives."""
+    stats = device.memory_stats()
     return None if not stats else stats.get("peak_bytes_in_use")
 
 

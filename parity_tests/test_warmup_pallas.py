@@ -14,7 +14,7 @@ import pytest
 
 import pallas_ssm
 import ssm_configs
-from pallas_ssm import _warmup_programs
+from pallas_ssm import _warmup_jitted, _warmup_programs
 from ssm_configs.late_compile import LateCompileError
 from ssm_configs.model_dims import ModelDims
 from ssm_configs.models import warming
@@ -32,6 +32,7 @@ SIZES: dict[str, Any] = {"max_tokens": 24, "max_batch": 20}
 def _afresh(monkeypatch: pytest.MonkeyPatch) -> None:
     forget_everything(monkeypatch)
     warming.forget()
+    _warmup_jitted._jitted.cache_clear()
 
 
 def test_serving_compiles_nothing():
@@ -146,16 +147,31 @@ jnp.ones(3) + 1  # JAX has asked for a cache by now, and found none
 named = {"ops": ["selective_state_update"], "max_tokens": 16, "max_batch": 16, "progress": False}
 summary = pallas_ssm.warmup(dims, cache_dir=sys.argv[1], **named)
 print(summary.variants, summary.cache_hits)
+
+import numpy as np
+shapes = {"state": (17, 2, 16, 16), "x": (16, 2, 16), "dt": (16, 2), "A": (2,), "B": (16, 1, 16), "C": (16, 1, 16), "D": (2,)}
+float32 = ("A", "state")
+draw = np.random.default_rng(0).standard_normal
+arrays = {name: draw(shape).astype("float32" if name in float32 else jnp.bfloat16) for name, shape in shapes.items()}
+arrays |= {"dt_bias": arrays["D"], "state_batch_indices": np.arange(16, dtype=np.int32)}
+with pallas_ssm.forbid_compiles():
+    y, state = pallas_ssm.jitted("selective_state_update", dt_softplus=True, implementation=None)(**arrays)
+print(np.asarray(y).tobytes().hex(), np.asarray(state).tobytes().hex())
 """
 
 
 def test_a_cache_directory_serves_the_next_process(tmp_path):
     command = [sys.executable, "-c", _IN_A_PROCESS, str(tmp_path)]
+    results = []
     for expected in ("1 0", "1 1"):
         done = subprocess.run(
             command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": ":".join(sys.path)}
         )
-        assert done.stdout.strip() == expected, done.stderr
+        said, *result = done.stdout.splitlines()
+        assert said == expected, done.stderr
+        assert result, done.stderr  # the call compiled nothing
+        results.append(result)
+    assert results[0] == results[1]
     assert any(tmp_path.iterdir())
 
 
@@ -165,6 +181,7 @@ def test_a_cache_directory_serves_the_next_process(tmp_path):
         ({"max_tokens": 0}, ValueError, "max_tokens: expected at least 1, got 0"),
         ({"sequences": (0,)}, ValueError, "sequences: expected at least 1, got 0"),
         ({"threads": True}, TypeError, "threads: expected an int or None, got bool"),
+        ({"processes": 0}, ValueError, "processes: expected at least 1, got 0"),
         ({"slots": 2.0}, TypeError, "slots: expected an int, got float"),
         ({"ops": ["gdn"]}, ValueError, "ops: expected some of .*, got 'gdn'"),
         ({"forms": ["ragged"]}, ValueError, "forms: expected some of .*, got 'ragged'"),
