@@ -144,11 +144,13 @@ def settings_here() -> dict[str, Any]:
 def _settings() -> dict[str, Any] | None:
     found = {}
     for name, value in zip(trace_context_names(), trace_context(), strict=True):
-        if name in _NOT_SETTINGS:
+        # One that came with a part of JAX which not every process imports says nothing as long as it is off.
+        everywhere = name in _at_import and name.startswith("jax_")
+        if name in _NOT_SETTINGS or not (everywhere or value):
             continue
         if _is_setting(name, value):
             found[name] = repr(value)
-        elif value != _at_import[name]:
+        elif value != _at_import.get(name):
             return None
     return found | _of_compiler()
 

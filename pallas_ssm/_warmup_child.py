@@ -40,7 +40,8 @@ def main() -> None:
         start = pickle.load(sys.stdin.buffer)
         values = jax.config.values
         for name, value in start.settings.items():
-            if values[name] != value:
+            # What this process does not know came with a module that it has not imported.
+            if name in values and values[name] != value:
                 jax.config.update(name, value)
         jax.config.update("jax_enable_compilation_cache", False)  # see `without_jax_cache`
         device = jax.devices(start.platform)[start.index]

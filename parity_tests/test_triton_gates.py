@@ -1,8 +1,6 @@
 """Every row of every shipped table compiles for its architecture, within its shared memory, and spills no more than stated."""
 
 import json
-import subprocess
-import sys
 from collections import defaultdict
 from collections.abc import Mapping
 
@@ -10,6 +8,7 @@ import pytest
 
 from ssm_configs import SPECS, Device, architecture, lookup, read_table, shipped_tables
 
+from .gates_apart import rows_apart
 from .gates_triton import SHARED_LIMIT, SOURCES
 
 # Bytes of a thread: one 64-bit address that is read once, from L1.
@@ -52,18 +51,7 @@ def rows_by_architecture() -> dict[str, list[dict]]:
 
 
 def compile_rows(arch: str, rows: list[dict]) -> list[dict]:
-    done = subprocess.run(
-        [sys.executable, "-m", "parity_tests.gates_triton", "--arch", arch, "--rows", "-"],
-        input=json.dumps(rows), capture_output=True, text=True, env=_without_interpreter(),
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
-    return json.loads(done.stdout)
-
-
-def _without_interpreter() -> dict[str, str]:
-    import os
-
-    return {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    return rows_apart("parity_tests.gates_triton", rows, "--arch", arch, "--rows", "-")
 
 
 def check(arch: str, rows: list[dict]) -> None:

@@ -11,12 +11,8 @@ import ast
 import dataclasses
 import inspect
 import json
-import os
 import re
-import subprocess
 import sys
-import tempfile
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -25,6 +21,7 @@ import torch
 from ssm_configs import Device
 from ssm_configs.contracts.gdn import Dims
 
+from .gates_apart import machine_code, rows_apart, serialised
 from .test_triton_ssd_fused_compiled import gluon_source, only
 
 # Registers of an SM over the threads of two programs.
@@ -86,21 +83,12 @@ def compiled_row(variant: dict[str, Any]) -> dict[str, Any]:
     compiled = triton.compile(
         source(**given, heads=heads, stages=stages), target=TARGETS["sm_90"], options={"num_warps": 4}
     )
-    tools = Path(triton.__file__).parent / "backends/nvidia/bin"
-    with tempfile.TemporaryDirectory() as folder:
-        ptx, cubin = Path(folder) / "kernel.ptx", Path(folder) / "kernel.cubin"
-        ptx.write_text(compiled.asm["ptx"])
-        cubin.write_bytes(compiled.asm["cubin"])
-        told = subprocess.run(
-            [tools / "ptxas", "-v", "--gpu-name=sm_90a", ptx, "-o", Path(folder) / "other.cubin"],
-            check=True, capture_output=True, text=True,
-        ).stderr  # fmt: skip
-        sass = subprocess.run([tools / "cuobjdump", "-sass", cubin], check=True, capture_output=True, text=True).stdout
+    sass = machine_code(compiled.asm["cubin"])
     products = re.findall(r"\bHGMMA\.\S+ (\w+)", sass)
     return {
         **variant, "heads": heads, "stages": stages, **resources(compiled), "products": len(products),
-        # ptxas drops what nobody reads by a result to nowhere, and says where it makes products wait for one another.
-        "nowhere": products.count("RZ"), "said": re.findall(r"\(C75\d\d\).*", told),
+        # ptxas drops what nobody reads by a result to nowhere.
+        "nowhere": products.count("RZ"), "said": serialised(compiled.asm["ptx"]),
         "loads": len(re.findall(r"\bUTMALDG\b", sass)), "stores": len(re.findall(r"\bUTMASTG\b", sass)),
     }  # fmt: skip
 
@@ -109,12 +97,7 @@ def compiled_row(variant: dict[str, Any]) -> dict[str, Any]:
 def test_the_hopper_kernel_compiles():
     from .gates_triton import SHARED_LIMIT
 
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "-m", __name__], input=json.dumps(VARIANTS), capture_output=True, text=True, env=environment
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    rows = json.loads(done.stdout)
+    rows = rows_apart(__name__, VARIANTS)
     assert len(rows) == len(VARIANTS)
     for row in rows:
         assert row["local"] == 0 and not row["said"] and not row["nowhere"], row

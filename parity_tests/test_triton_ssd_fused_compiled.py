@@ -7,15 +7,12 @@ the whole process.
 """
 
 import json
-import os
-import re
-import subprocess
 import sys
-import tempfile
-from pathlib import Path
 from typing import Any
 
 import pytest
+
+from .gates_apart import rows_apart, serialised
 
 # What two heads a block may keep in local memory before and after its loop, in bytes of a thread, where options crowd it.
 SLACK = 32
@@ -100,17 +97,8 @@ def compiled_rows(variant: dict[str, Any]) -> list[dict[str, Any]]:
     for kernel, layouts, pointers, constants in sources(**variant):
         source = gluon_source(kernel, only(kernel, layouts), only(kernel, pointers), constants)
         compiled = triton.compile(source, target=TARGETS["sm_90"], options={"num_warps": 4})
-        tool = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
-        with tempfile.TemporaryDirectory() as folder:
-            ptx = Path(folder) / "kernel.ptx"
-            ptx.write_text(compiled.asm["ptx"])
-            said = subprocess.run(
-                [tool, "-v", "--gpu-name=sm_90a", ptx, "-o", ptx.with_suffix(".cubin")],
-                check=True, capture_output=True, text=True,
-            ).stderr  # fmt: skip
         row = {"kernel": kernel.__name__, "wgmma": compiled.asm["ptx"].count("wgmma.mma_async")}
-        # ptxas makes products wait for one another where it does not see that they need not.
-        rows.append({**variant, **row, **resources(compiled), "said": re.findall(r"\(C75\d\d\).*", said)})
+        rows.append({**variant, **row, **resources(compiled), "said": serialised(compiled.asm["ptx"])})
     return rows
 
 
@@ -118,12 +106,7 @@ def compiled_rows(variant: dict[str, Any]) -> list[dict[str, Any]]:
 def test_hopper_kernels_compile():
     from .gates_triton import SHARED_LIMIT
 
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "-m", __name__], input=json.dumps(VARIANTS), capture_output=True, text=True, env=environment
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    rows = json.loads(done.stdout)
+    rows = rows_apart(__name__, VARIANTS)
     assert len(rows) == 2 * len(VARIANTS)
     for row in rows:
         crowded = row["kernel"] == "fused_out_kernel_hopper" and row["heads"] == 2

@@ -267,3 +267,14 @@ def test_a_jitted_operator_is_used_like_the_function_it_wraps():
         pallas_ssm.jitted("causal_conv1d")(x=jnp.ones((1, 5, 8)))
     with pytest.raises(TypeError, match="'sigma'"):
         pallas_ssm.jitted("causal_conv1d")(x=jnp.ones((1, 5, 8)), sigma=jnp.ones(3))
+
+
+def test_a_setting_that_came_with_a_module_makes_no_other_program(monkeypatch):
+    """Pallas registers some when its parts are imported, which one process has done and another has not."""
+    before = _stored_programs.digest_circumstances(jax.devices()[0])
+    names, context = _stored_programs.trace_context_names(), _stored_programs.trace_context()
+    monkeypatch.setattr(_stored_programs, "trace_context_names", lambda: (*names, "a_new_one"))
+    monkeypatch.setattr(_stored_programs, "trace_context", lambda: (*context, False))
+    assert _stored_programs.digest_circumstances(jax.devices()[0]) == before is not None
+    monkeypatch.setattr(_stored_programs, "trace_context", lambda: (*context, True))
+    assert _stored_programs.digest_circumstances(jax.devices()[0]) not in (None, before)
