@@ -162,6 +162,21 @@ def host_us(call: Call, calls: int = 100) -> float:
     return statistics.median(times)
 
 
+def replay_us(call: Call, device: torch.device, repeats: int = 50) -> float | None:
+    """Microseconds of one replay of a CUDA graph of the call with a cold L2 cache; None where there is none of it."""
+    if call.framework != "torch" or device.type != "cuda":
+        return None
+    graph = torch.cuda.CUDAGraph()
+    try:
+        # The threads of other frameworks allocate whenever they like.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            call.issue()
+    except RuntimeError:  # it waits for the device
+        synchronize()
+        return None
+    return EventsClock(device).cold_us([Call(call.label, "torch", graph.replay, synchronize)], repeats)[0].us
+
+
 def synchronize() -> None:
     """Wait for everything that torch launched; operands on the CPU have nothing to wait for."""
     if torch.cuda.is_available():

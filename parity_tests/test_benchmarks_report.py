@@ -186,7 +186,8 @@ def folder(tmp_path):
         {"op": OP, "package": "triton", "phase": "warm", "seconds": 0.75, "compiles": 0},
     ]
     (place / "start.json").write_text(json.dumps(HEAD | {"rows": rows}))
-    (place / "host.json").write_text(json.dumps(HEAD | {"rows": [{"op": OP, "implementation": "xla", "us": 71.25}]}))
+    hosts = [{"op": OP, "implementation": "triton", "us": 71.25, "replay_us": 42.125}]
+    (place / "host.json").write_text(json.dumps(HEAD | {"rows": hosts}))
     common = {"statics": {"width": 4}, "dtype": "float16", "size": 64, "twin": "pallas", "knobs": {"BLOCK_SIZE_D": 64}}
     moved = [
         transfer.Row(**common, origin="own", us=10.0),
@@ -210,7 +211,15 @@ def command_page(folder: Path) -> Path:
 def test_sections_appear_with_their_files(folder):
     text = rendered(folder)
     assert Reader(text).stack == []
-    for words in ("Cold and warm start", "7.50", "cold 3, warm 0", "Launch overhead", "71.2", "rows from elsewhere"):
+    for words in (
+        "Cold and warm start",
+        "7.50",
+        "cold 3, warm 0",
+        "Launch overhead",
+        "71.2",
+        "42.1",
+        "rows from elsewhere",
+    ):
         assert words in text, words
     assert ">1.25</td>" in text  # the other twin's row: 12.5 over 10
     assert "NVIDIA B200" in text and "relative error 0.5" in text

@@ -157,6 +157,7 @@ def test_host_times_a_call(op, name):
     case = select(op=op, tags=("ci",))[0]
     row = host_command.measure(OPS[op], case, OWN[name](MACHINE.device), MACHINE, calls=10)
     assert row.op == op and row.implementation == name and row.case == case.name and row.us > 0
+    assert row.replay_us is None  # without a GPU there are no graphs
 
 
 def test_host_dispatches_without_compiling_again():
@@ -183,12 +184,13 @@ def test_host_writes_its_rows(machine, monkeypatch, tmp_path, capsys):
             raise NotImplementedError("no kernel yet")
         if implementation.name == "xla":
             raise ValueError("oh")
-        return host_command.HostRow(op.name, implementation.name, case.name, float(calls))
+        return host_command.HostRow(op.name, implementation.name, case.name, float(calls), 5.0)
 
     monkeypatch.setattr(host_command, "measure", measure)
     assert command.main(["host", "causal_conv1d", "--calls", "7", "--out", str(tmp_path)]) == 1
     assert "mosaic_gpu is left out" in (printed := capsys.readouterr()).out and "ValueError: oh" in printed.err
     (row,) = json.loads((tmp_path / "host.json").read_text())["rows"]
     assert row == {
-        "op": "causal_conv1d", "implementation": "triton", "us": 7.0, "case": start_command.case_of(OPS["causal_conv1d"]).name,
+        "op": "causal_conv1d", "implementation": "triton", "us": 7.0, "replay_us": 5.0,
+        "case": start_command.case_of(OPS["causal_conv1d"]).name,
     }  # fmt: skip

@@ -4,7 +4,8 @@
     start.json      `python -m benchmarks start`; rows {"op", "implementation" (or "package"), "phase", "seconds"}, with the
                     phases "import", "cold" (empty caches) and "warm" (caches filled), "compiles" where they were counted,
                     and "case"
-    host.json       `python -m benchmarks host`; rows {"op", "implementation", "us"}: host time of one call, and "case"
+    host.json       `python -m benchmarks host`; rows {"op", "implementation", "us"}: host time of one call, and "case" and
+                    "replay_us": a replay of a CUDA graph of it
     transfer.json   `python -m benchmarks transfer <op>`; `benchmarks/transfer.py` has its schema
     tuning/         the logs of `python -m benchmarks tune`
 

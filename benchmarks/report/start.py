@@ -61,10 +61,16 @@ def _host(results: Results) -> Section | None:
 
 
 def _hosts(measured: Measured) -> Table:
-    lines = [
-        [row["op"], name_of(row["implementation"]), row.get("case", ""), f"{row['us']:.1f}"] for row in measured.rows
-    ]
+    lines, replayed = [], any(row.get("replay_us") is not None for row in measured.rows)
+    for row in measured.rows:
+        cells = [row["op"], name_of(row["implementation"]), row.get("case", ""), f"{row['us']:.1f}"]
+        if replayed:
+            replay = row.get("replay_us")
+            cells.append("" if replay is None else f"{replay:.1f}")
+        lines.append(cells)
     columns = [Column("operator", "text"), Column("implementation", "text"), Column("case", "text"), Column("µs")]
+    if replayed:
+        columns.append(Column("replay of a CUDA graph, cold L2, µs"))
     return Table("Host time of one call, µs", columns, lines, (measured.source,))
 
 
