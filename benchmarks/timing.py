@@ -16,6 +16,8 @@ from typing import Any, Protocol
 
 import torch
 
+from parity_tests import graphs
+
 from .alone import alone
 from .events import AttributionError, CallActivity, DeviceEvent, attribute
 
@@ -166,10 +168,8 @@ def replay_us(call: Call, device: torch.device, repeats: int = 50) -> float | No
     """Microseconds of one replay of a CUDA graph of the call with a cold L2 cache; None where there is none of it."""
     if call.framework != "torch" or device.type != "cuda":
         return None
-    graph = torch.cuda.CUDAGraph()
     try:
-        # The threads of other frameworks allocate whenever they like.
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        with graphs.capture() as graph:
             call.issue()
     except RuntimeError:  # it waits for the device
         synchronize()

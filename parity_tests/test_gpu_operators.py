@@ -82,12 +82,12 @@ def _torch_call(case):
 def test_cuda_graph_replay_equals_the_call(case):
     import torch
 
+    from . import graphs
+
     call, state = _torch_call(case)
     start = None if state is None else state.clone()
     expected = {name: tensor.clone() for name, tensor in call().items()}
-    graph = torch.cuda.CUDAGraph()
-    # What JAX's threads do meanwhile is none of the capture's business.
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+    with graphs.capture() as graph:
         replayed = call()
     for name, tensor in replayed.items():
         if name != "state":

@@ -13,7 +13,7 @@ import triton_ssm
 from ssm_configs.contracts import causal_conv1d as contract
 from triton_ssm import _recording, _replay
 
-from . import stub_driver
+from . import graphs, stub_driver
 
 
 @pytest.mark.timeout(300)
@@ -88,8 +88,7 @@ def _check_replays(name: str, calls: list[Callable[[], Any]], replays: list, mon
         assert _same(run(0), wanted[0]), name
     torch.cuda.synchronize()
 
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with graphs.capture() as graph:
         result = calls[0]()
     assert len(replays) == 6, name
     restore(0, before[1])

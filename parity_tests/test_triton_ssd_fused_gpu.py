@@ -9,6 +9,7 @@ import torch
 
 from triton_ssm.ssd import _fused, _fused_gluon
 
+from . import graphs
 from .test_triton_ssd_fused import arguments, check, expected, run, to_aligned
 
 pytestmark = pytest.mark.gpu
@@ -108,8 +109,7 @@ def test_a_graph_captures_it():
 
     call(y)
     torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with graphs.capture() as graph:
         call(again)
     graph.replay()
     torch.cuda.synchronize()
