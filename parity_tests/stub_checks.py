@@ -22,6 +22,13 @@ FUNCTION = 4
 bf16 = torch.bfloat16
 
 
+def from_c(call: Callable[[], Any]) -> int:
+    """How many launches C made of a call."""
+    before = DRIVER.cuda.launched
+    call()
+    return DRIVER.cuda.launched - before
+
+
 def forget(monkeypatch: pytest.MonkeyPatch) -> None:
     """No program of an earlier test is for a later one, and no variable of whoever runs them."""
     for name in ("SSM_TUNED_CONFIG_FOLDER", "VLLM_TUNED_CONFIG_FOLDER", "FLA_USE_TMA"):
@@ -68,8 +75,9 @@ def written(found: list[tuple], given: list[torch.Tensor]) -> list[list[Any]]:
 
 
 def check_replayed(call: Callable[[], Any], given: list[torch.Tensor]) -> list[tuple]:
-    """That the third call and later ones hand over what the first one does; returns Triton's launches."""
+    """That the third call and later ones hand over what the first one does, from C or not; returns Triton's launches."""
     first, second, third, fourth = (launches(call) for _ in range(4))
+    assert from_c(call) == (len(first) if DRIVER.native else 0)
     assert [replays(found) for found in (first, second, third, fourth)] == [False, False, True, True]
     assert written(first, given) == written(third, given) == written(fourth, given)
     return first

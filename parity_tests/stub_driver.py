@@ -1,7 +1,8 @@
 """A process in which kernels compile for Hopper and their launches are noted, on a machine without a GPU.
 
-Everything is Triton's own but what talks to CUDA: the driver's functions and the C launchers it would build. Tensors are the
-CPU's. For a process of its own, without TRITON_INTERPRET: after `install()` nothing can run.
+Everything is Triton's own but what talks to CUDA: the driver's functions (`stub_cuda.py` has those that are called from C) and
+the C launchers it would build. Tensors are the CPU's. For a process of its own, without TRITON_INTERPRET: after `install()`
+nothing can run.
 
     python -m parity_tests.stub_driver [NAME]
 
@@ -11,10 +12,12 @@ also where the calls of that operator spend it.
 
 import functools
 import itertools
+import struct
 import sys
+import threading
 import time
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +25,8 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia import driver as nvidia
+
+from .stub_cuda import StubCuda
 
 STREAM = 0x57
 
@@ -35,12 +40,20 @@ class PyCUtensorMap:
 
 @dataclass
 class Utils:
-    functions: int = 0x1000
+    functions: Iterator[int] = field(default_factory=lambda: itertools.count(0x1000))
     filled: int = 0
+    built: Any = field(default_factory=threading.local)
+    """The signature of the launcher that a thread made last, which is that of the kernel that it loads next."""
+    signatures: dict[int, Any] = field(default_factory=dict)
 
     def load_binary(self, name: str, binary: bytes, shared: int, device: int) -> tuple:
-        self.functions += 1
-        return object(), self.functions, 32, 0, 1024
+        function = next(self.functions)
+        self.signatures[function] = self.built.signature
+        return object(), function, 32, 0, 1024
+
+    def make_launcher(self, constants: Any, signature: dict[Any, Any], tensordesc_meta: Any) -> str:
+        self.built.signature = [part for type_ in signature.values() for part in _expanded(type_)]
+        return ""
 
     def get_device_properties(self, device: int) -> dict[str, int]:
         return {"max_shared_mem": 232_448, "multiprocessor_count": 132}
@@ -56,9 +69,17 @@ class StubDriver:
 
     utils: Utils = field(default_factory=Utils)
     launches: list[tuple] | None = None
-    """What the C launchers were handed, while it is a list."""
+    """What the C launchers, or libcuda itself, were handed, while it is a list."""
+    native: bool = True
+    """Whether calls are replayed in C."""
+    timed: bool = False
+    """Whether launches from C are not even noted."""
+    cuda: StubCuda = field(init=False)
     device: int = 0
     launcher_cls: Any = nvidia.CudaLauncher
+
+    def __post_init__(self) -> None:
+        self.cuda = StubCuda(self)
 
     def get_current_target(self) -> GPUTarget:
         return GPUTarget("cuda", 90, 32)
@@ -76,8 +97,28 @@ class StubDriver:
         return True
 
     def launch(self, *arguments: Any) -> None:
-        if self.launches is not None:
-            self.launches.append(arguments)
+        if self.launches is None:
+            return
+        head, own, types_ = arguments[:13], arguments[13:], self.utils.signatures[arguments[4]]
+        assert len(own) == len(types_)
+        self.launches.append(
+            (*head, *(_held(*pair) for pair in zip(types_, own, strict=True) if pair[0] != "constexpr"))
+        )
+
+
+def _expanded(type_: str) -> list[str]:
+    """A descriptor is a tensor map, then its shape and its strides."""
+    if not type_.startswith("tensordesc"):
+        return [type_]
+    rank = type_.split("[")[1].split("]")[0].count(",") + 1
+    return ["map", *["i32"] * rank, *["i64"] * rank]
+
+
+def _held(type_: str, argument: Any) -> Any:
+    """What of an argument reaches a kernel."""
+    if type_[0] == "*":
+        return argument.data_ptr() if isinstance(argument, torch.Tensor) else argument or 0
+    return struct.unpack("f", struct.pack("f", argument))[0] if type_ == "fp32" else argument
 
 
 @functools.cache
@@ -86,14 +127,18 @@ def install() -> StubDriver:
     triton.runtime.driver.set_active(driver)  # type: ignore[arg-type]
     nvidia.PyCUtensorMap = PyCUtensorMap
     nvidia.library_dirs = lambda: []
+    nvidia.make_launcher = driver.utils.make_launcher
     nvidia.compile_module_from_src = lambda **source: types.SimpleNamespace(launch=driver.launch)
 
-    from triton_ssm import _arguments, _device, _replay
+    from triton_ssm import _arguments, _device, _native, _replay
     from triton_ssm.ssd import _fused_gluon
 
     # The CPU's tensors stand for a Hopper's, into which nobody looks.
     _arguments.check_slots_on_host = _arguments.check_bounds_on_host = lambda *arguments: None
     _replay.SERVED = ("cpu",)
+    _native.entry_points = lambda: driver.cuda.entry_points() if driver.native else None
+    _native.bytes_of_map = driver.cuda.bytes_of_map
+    assert _native.native() is not None, "no C compiler?"
     _device.tuning_device.__code__ = (lambda device: INTERPRETED_DEVICE).__code__  # type: ignore[name-defined] # noqa: F821
     _fused_gluon.serves = lambda dims, dtype, device: (dims.P, dims.N) in _fused_gluon._SHAPES and dtype in (
         torch.bfloat16, torch.float16,
@@ -189,7 +234,7 @@ def _us(call: Callable[[], Any], count: int = 500) -> float:
 
 
 def main(name: str = "") -> None:
-    install()
+    install().timed = True
     for label, call in calls().items():
         print(f"{label:40s} {_us(call):7.1f} us", flush=True)
         if label == name:

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import torch
 
+import ssm_configs
 import triton_ssm
 from ssm_configs.contracts import causal_conv1d as contract
-from triton_ssm import _recording, _replay
+from triton_ssm import _native, _recording, _replay
 
 from . import graphs, stub_driver
 
@@ -49,16 +50,36 @@ def _same(got: list[torch.Tensor], wanted: list[torch.Tensor]) -> bool:
     return all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(got, wanted, strict=True))
 
 
+class _Counted:
+    def __init__(self, native: Any, replays: list) -> None:
+        self._native, self._replays = native, replays
+
+    def attempt(self, args: tuple, kwargs: dict[str, Any]) -> Any:
+        result = self._native.attempt(args, kwargs)
+        if result is not NotImplemented:
+            self._replays.append(args)
+        return result
+
+
 @pytest.mark.gpu
-def test_replays_give_the_same_bits(monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("native", [True, False])
+def test_replays_give_the_same_bits(native: bool, monkeypatch: pytest.MonkeyPatch):
+    """From C and from Python."""
+    assert _native.native() is not None
+    ssm_configs.clear_cache()
     calls = []
     for seed in (0, 1):
         torch.manual_seed(seed)
         with torch.device("cuda"):
             calls.append(stub_driver.calls())
     replays: list[Any] = []
-    replay = _recording.Program._run
-    monkeypatch.setattr(_recording.Program, "_run", lambda *args: replays.append(args) or replay(*args))
+    if native:
+        made = _native.replay
+        monkeypatch.setattr(_native, "replay", lambda **parts: _Counted(made(**parts), replays))
+    else:
+        replay = _recording.Program._run
+        monkeypatch.setattr(_recording, "issue", lambda launches, place_of: None)
+        monkeypatch.setattr(_recording.Program, "_run", lambda *args: replays.append(args) or replay(*args))
     for name in calls[0]:
         replays.clear()
         _check_replays(name, [drawn[name] for drawn in calls], replays, monkeypatch)

@@ -2,6 +2,7 @@
 
 import inspect
 import logging
+import sys
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ import triton_ssm
 from ssm_configs.model_dims import ModelDims
 from ssm_configs.models import warming
 from triton_ssm._plans import Launcher
+from triton_ssm._recording import Recorder
 
 from .configs_env import forget_everything
 from .serving import TorchServer, Traffic
@@ -229,6 +231,13 @@ def test_kernels_are_counted_once_and_others_still_listen(monkeypatch):
     summary = triton_ssm.warmup(MAMBA, ops=["selective_state_update"], **SIZES)
     assert (summary.variants, summary.cache_hits) == (2, 1) and heard[:3] == [False, True, True]
     assert knobs.compilation.listener is before
+
+
+def test_a_recording_brings_no_dynamo_in(monkeypatch: pytest.MonkeyPatch):
+    """Torch would have it leave a mode's code alone; to import it takes longer than a warm-up from Triton's cache."""
+    monkeypatch.setitem(sys.modules, "torch._dynamo", None)  # an import would raise
+    with Recorder(()):
+        assert torch.empty(3).shape == (3,)
 
 
 def test_random_state_is_left_alone():

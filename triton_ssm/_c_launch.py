@@ -22,7 +22,8 @@ except ImportError:  # other vendors' builds
 # gridX, gridY, gridZ, stream, function, cooperative grid, PDL, two scratches, metadata of the kernel and of the launch, two
 # hooks; then the kernel's own. Another Triton may do it otherwise, and then launches go its own way.
 _CONVENTION = "iiiKKppOOOOOO"
-_MAPS = 1024
+HEAD = len(_CONVENTION)
+MAPS = 1024
 
 STREAM = object()
 """Stands for the stream among the arguments."""
@@ -33,7 +34,9 @@ class CLaunch:
     kernel: CompiledKernel
     function: Callable[..., None]
     arguments: tuple[Any, ...]
-    """As the C function takes them, but for tensors, `Described` ones and `STREAM`."""
+    """As the C function takes them, but for tensors, `Described` ones and `STREAM`: `HEAD` of Triton's, then the kernel's."""
+    types: tuple[str, ...]
+    """Triton's names for the types of the kernel's own."""
     stream_of: Callable[[int], int]
 
 
@@ -50,7 +53,7 @@ class TensorMaps(dict[int, Any]):
         self._fill = lambda address: fill(address, swizzle, elem_size, elem_type, block, shape, strides, padding)
 
     def __missing__(self, address: int) -> Any:
-        if len(self) >= _MAPS:
+        if len(self) >= MAPS:
             self.clear()
         found = self[address] = self._fill(address)
         return found
@@ -84,8 +87,11 @@ def c_launch(compiled: Any, grid: tuple[int, int, int], arguments: tuple, consta
     if function is None:
         return None
     flat: list[Any] = []
-    for argument, is_descriptor in zip((*arguments, *constants), described, strict=True):
+    flat_types: list[str] = []
+    for argument, type_, is_descriptor in zip((*arguments, *constants), types, described, strict=True):
         if is_descriptor:
+            rank = len(argument.shape)
+            flat_types += ["nvTmaDesc", *["i32"] * rank, *["i64"] * rank]
             flat += [
                 Described(argument.base, TensorMaps(argument, metadata.pop(0))),
                 *argument.shape,
@@ -93,10 +99,11 @@ def c_launch(compiled: Any, grid: tuple[int, int, int], arguments: tuple, consta
             ]
         elif argument is None or isinstance(argument, (torch.Tensor, int, float, str, torch.dtype)):
             flat.append(argument)
+            flat_types.append(str(type_))
         else:
             return None
     head = (
         *grid, STREAM, compiled.function, run.launch_cooperative_grid, run.launch_pdl, None, None,
         compiled.packed_metadata, None, None, None,
     )  # fmt: skip
-    return CLaunch(compiled, function, (*head, *flat), _active().get_current_stream)
+    return CLaunch(compiled, function, (*head, *flat), tuple(flat_types), _active().get_current_stream)

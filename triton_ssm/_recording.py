@@ -15,6 +15,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ._c_launch import STREAM, CLaunch, Described, TensorMaps
+from ._native import issue
 
 _ALIGNMENT = 512  # of scratch: as far apart as torch's allocator puts tensors
 _EMPTY = {
@@ -42,6 +43,11 @@ class Recorder(TorchDispatchMode):
         self._made: list[torch.Tensor] = []  # and kept: no two may have one address
         self._launches: list[CLaunch] = []
         self._repeatable = True
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        # Torch would have Dynamo leave `__torch_dispatch__` alone, and import it for that: 2 s of somebody's second call.
+        return False
 
     def __enter__(self) -> "Recorder":
         super().__enter__()
@@ -87,20 +93,34 @@ class Program:
     """The outputs and launches of one kind of call.
 
     Every launch picks its arguments from one pool of numbers: the pointers of the call's tensors, of its outputs and of its
-    scratch, the stream, the tensor maps, and all that never changes.
+    scratch, the stream, the tensor maps, and all that never changes. `issue` is the same for `_native.c`, where that serves.
     """
 
     def __init__(
         self, values: tuple, tensors: list[torch.Tensor], made: list[torch.Tensor], launches: list[CLaunch], result: Any
     ) -> None:
-        self._outputs = [tensor for tensor in made if _holds(result, tensor)]
-        self._result = _form_of(result, values, self._outputs)
+        outputs = [tensor for tensor in made if _holds(result, tensor)]
+        self.result = _form_of(result, values, outputs)
         scratch = [tensor for tensor in made if not _holds(result, tensor) and tensor.numel()]
-        places = {tensor.data_ptr(): place for place, tensor in enumerate((*tensors, *self._outputs, *scratch))}
+        places = {tensor.data_ptr(): place for place, tensor in enumerate((*tensors, *outputs, *scratch))}
         places[0] = -1  # of a tensor without elements
-        self._offsets, self._bytes = _laid_out(scratch)
+        self.offsets, size = _laid_out(scratch)
+        self.scratch = ((size,), (1,), torch.uint8) if size else None
+        self.outputs = [(tuple(tensor.shape), tensor.stride(), tensor.dtype) for tensor in outputs]
+        self.device: torch.device = tensors[0].device
+        self.stream_of = launches[0].stream_of if launches else lambda index: 0
+        self.current_device, self.empty = _device_functions(self.device)
+        self.raw = _raw_memory(self.device)
+        self.kernels = [launch.kernel for launch in launches]  # whose modules stay loaded while they are referred to
 
-        n_pointers = len(tensors) + len(self._outputs) + len(scratch)
+        def tensor_place(tensor: torch.Tensor) -> int:
+            place = places.get(tensor.data_ptr())
+            if place is None:
+                raise _Unknown
+            return place
+
+        self.issue = issue(launches, tensor_place)
+        n_pointers = len(tensors) + len(outputs) + len(scratch)
         maps: list[tuple[int, TensorMaps]] = []
         constants: list[Any] = [0]
         first = n_pointers + 1  # the stream stands between
@@ -108,14 +128,12 @@ class Program:
 
         def place_of(argument: Any) -> int:
             if isinstance(argument, torch.Tensor):
-                place = places.get(argument.data_ptr())
-                if place is None:
-                    raise _Unknown
+                place = tensor_place(argument)
                 return place if place >= 0 else first + n_maps
             if argument is STREAM:
                 return n_pointers
             if isinstance(argument, Described):
-                maps.append((place_of(argument.base), argument.maps))
+                maps.append((tensor_place(argument.base), argument.maps))
                 return first + len(maps) - 1
             constants.append(argument)
             return first + n_maps + len(constants) - 1
@@ -123,35 +141,29 @@ class Program:
         self._launches = [
             (launch.function, operator.itemgetter(*map(place_of, launch.arguments))) for launch in launches
         ]
-        self._kernels = [launch.kernel for launch in launches]  # whose modules stay loaded while they are referred to
         self._maps, self._constants = maps, constants
-        self._outputs = [(tuple(tensor.shape), tensor.stride(), tensor.dtype) for tensor in self._outputs]
-        self._device: torch.device = tensors[0].device
-        self._stream_of = launches[0].stream_of if launches else lambda index: 0
-        self._guard_needed, self._empty = _device_functions(self._device)
 
     def __call__(self, values: tuple, pointers: list[int]) -> Any:
-        if self._guard_needed():
-            with torch.cuda.device(self._device):  # kernels are launched on the current device
+        if self.current_device() != self.device.index:
+            with torch.cuda.device(self.device):  # kernels are launched on the current device
                 return self._run(values, pointers)
         return self._run(values, pointers)
 
     def _run(self, values: tuple, pool: list[Any]) -> Any:
-        empty = self._empty
-        outputs = [empty(*output) for output in self._outputs]
+        outputs = [self.empty(*output) for output in self.outputs]
         for output in outputs:
             pool.append(output.data_ptr())
-        if self._bytes:
-            scratch = empty((self._bytes,), (1,), torch.uint8)  # held until everything is launched
+        if self.scratch is not None:
+            scratch = self.empty(*self.scratch)  # held until everything is launched
             start = scratch.data_ptr()
-            pool += [start + offset for offset in self._offsets]
-        pool.append(self._stream_of(self._device.index))
+            pool += [start + offset for offset in self.offsets]
+        pool.append(self.stream_of(self.device.index))  # type: ignore[arg-type]
         if self._maps:
             pool += [addresses[pool[place]] for place, addresses in self._maps]
         pool += self._constants
         for launch, arguments_of in self._launches:
             launch(*arguments_of(pool))
-        return self._result(values, outputs)
+        return _made_of(self.result, values, outputs)
 
 
 def _holds(result: Any, tensor: torch.Tensor) -> bool:
@@ -167,20 +179,27 @@ def _is(result: Any, made: torch.Tensor) -> bool:
     )
 
 
-def _form_of(result: Any, values: tuple, outputs: Sequence[torch.Tensor]) -> Callable[[tuple, list], Any]:
-    """Makes a result like this one of a call's arguments and outputs."""
+def _form_of(result: Any, values: tuple, outputs: Sequence[torch.Tensor]) -> Any:
+    """Where a result comes from: None, the number of an argument, of an output (from -1 down), or a tuple of such."""
     if result is None:
-        return lambda values, outputs: None
+        return None
     if type(result) is tuple:
-        parts = [_form_of(part, values, outputs) for part in result]
-        return lambda values, outputs: tuple([part(values, outputs) for part in parts])
+        return tuple([_form_of(part, values, outputs) for part in result])
     for index, value in enumerate(values):
         if result is value:
-            return lambda values, outputs: values[index]
+            return index
     for index, made in enumerate(outputs):
         if _is(result, made):
-            return lambda values, outputs: outputs[index]
+            return -1 - index
     raise _Unknown
+
+
+def _made_of(form: Any, values: tuple, outputs: Sequence[torch.Tensor]) -> Any:
+    if form is None:
+        return None
+    if type(form) is tuple:
+        return tuple([_made_of(part, values, outputs) for part in form])
+    return values[form] if form >= 0 else outputs[-1 - form]
 
 
 def _laid_out(scratch: Sequence[torch.Tensor]) -> tuple[list[int], int]:
@@ -193,8 +212,8 @@ def _laid_out(scratch: Sequence[torch.Tensor]) -> tuple[list[int], int]:
     return offsets, size
 
 
-def _device_functions(device: torch.device) -> tuple[Callable[[], bool], Callable[..., torch.Tensor]]:
-    """Whether another device is the current one; and `torch.empty_strided` on the current device, (shape, strides, dtype).
+def _device_functions(device: torch.device) -> tuple[Callable[[], int | None], Callable[..., torch.Tensor]]:
+    """The index of the current device; and `torch.empty_strided` on the current device, (shape, strides, dtype).
 
     The functions that inductor's programs use take a third of the time of torch's public ones.
     """
@@ -205,6 +224,12 @@ def _device_functions(device: torch.device) -> tuple[Callable[[], bool], Callabl
 
     empty = getattr(guards, f"_empty_strided_{device.type}", plainly)
     if device.type != "cuda":
-        return lambda: False, empty
-    current = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
-    return (lambda: current() != device.index), empty
+        return lambda: device.index, empty
+    return getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device), empty
+
+
+def _raw_memory(device: torch.device) -> tuple[Any, Any]:
+    """The allocator that makes tensors, without them: they take as long again. (size, stream) -> address; and (address)."""
+    names = "_cuda_cudaCachingAllocator_raw_alloc", "_cuda_cudaCachingAllocator_raw_delete"
+    functions = [getattr(torch._C, name, None) if device.type == "cuda" else None for name in names]
+    return (None, None) if None in functions else (functions[0], functions[1])

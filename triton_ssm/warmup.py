@@ -20,6 +20,7 @@ from ssm_configs.models.warming import Job, Summary
 from ssm_configs.search import SSM_FOLDER, VLLM_FOLDER
 
 from ._device import tuning_device
+from ._native import native
 
 
 def warmup(
@@ -108,6 +109,7 @@ def _warm(model: str, jobs: Sequence[Job], device: torch.device, threads: int, p
         seconds = warming.run_jobs(jobs, 1 if interpreted else threads, progress, "triton_ssm.warmup")
     peak = None
     if on_gpu:
+        native()  # or the first calls of a kind would be replayed in Python, until it is built
         peak = torch.cuda.max_memory_allocated(device) - before
         torch.cuda.empty_cache()
     return Summary("triton_ssm", model, len(found), sum(found.values()), len(jobs), seconds, peak)
