@@ -18,7 +18,6 @@ from typing import Any
 import pytest
 import torch
 
-from ssm_configs import Device
 from ssm_configs.contracts.gdn import Dims
 
 from .gates_apart import machine_code, rows_apart, serialised
@@ -158,13 +157,14 @@ def test_which_calls_it_serves(dims, strides, tensors, expected, monkeypatch: py
     import triton.knobs
 
     from triton_ssm.gdn import _chunk_o_gluon
+    from triton_ssm.ssd import _fused_gluon
 
     monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
-    monkeypatch.setattr(_chunk_o_gluon, "tuning_device", lambda device: Device("NVIDIA H200", (9, 0)))
+    monkeypatch.setattr(_fused_gluon, "_is_hopper", lambda index: True)
     given = [tensors.get(name, Pointer()) for name in "qkvho"]
     sizes = dataclasses.replace(DIMS, **dims)
     assert _chunk_o_gluon.serves(sizes, STRIDES | strides, *given) is expected
-    monkeypatch.setattr(_chunk_o_gluon, "tuning_device", lambda device: Device("NVIDIA B200", (10, 0)))
+    monkeypatch.setattr(_fused_gluon, "_is_hopper", lambda index: False)
     assert not _chunk_o_gluon.serves(sizes, STRIDES | strides, *given)
 
 

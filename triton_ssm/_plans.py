@@ -4,15 +4,18 @@ Checking thirteen tensors and binding forty kernel arguments costs several times
 only on shapes, strides, dtypes and options, so a call like an earlier one finds them under its key.
 """
 
+import contextlib
 import threading
 from collections.abc import Hashable, Sequence
 
 import torch
+from triton import JITFunction
 from triton.compiler import CompiledKernel
 
 from ._c_launch import c_launch
 from ._hashes import settle
 from ._recording import recording
+from ._side_by_side import held
 
 _CAPACITY = 8192
 
@@ -54,10 +57,14 @@ class Launcher:
     def __init__(self, kernel, **options: int) -> None:
         self._kernel, self._options = kernel, options
         self._compiled: Cache[CompiledKernel] = Cache()
+        self.is_new = isinstance(kernel, JITFunction)  # the interpreter compiles nothing
 
     def __call__(
         self, key: Hashable, grid: tuple[int, int, int], arguments: tuple, constants: tuple, num_warps: int
     ) -> None:
+        if held.launches is not None:
+            held.launches.append((self, (key, grid, arguments, constants, num_warps)))
+            return
         # Triton specialises on the 16-byte alignment of every pointer, which no shape tells; and on integers, of which a
         # caller's `out` brings some that the key of the call does not have. (Lists: generators cost twice the time.)
         alignment = tuple([argument.data_ptr() % 16 for argument in arguments if isinstance(argument, torch.Tensor)])
@@ -70,6 +77,17 @@ class Launcher:
         else:
             self._launch(key, grid, arguments, constants, num_warps)
 
+    def compile_ahead(
+        self, key: Hashable, grid: tuple[int, int, int], arguments: tuple, constants: tuple, num_warps: int
+    ) -> None:
+        """All but the launch. What goes wrong, or is forbidden, goes wrong once more when it is launched."""
+        device = arguments[0].device
+        current = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+        with contextlib.suppress(Exception), current:
+            settle(self._kernel)
+            compiled = self._kernel.warmup(*arguments, *constants, grid=grid, num_warps=num_warps, **self._options)
+            compiled.run  # noqa: B018  (which builds its launcher in C, and loads it)
+
     def _launch(self, key, grid, arguments, constants, num_warps) -> None:
         compiled = self._compiled.get(key)
         if compiled is not None:
@@ -77,6 +95,7 @@ class Launcher:
         else:
             settle(self._kernel)
             compiled = self._kernel[grid](*arguments, *constants, num_warps=num_warps, **self._options)
+            self.is_new = False
             if isinstance(compiled, CompiledKernel):  # the interpreter returns nothing
                 self._compiled[key] = compiled
         if recording.recorder is not None:

@@ -10,8 +10,8 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ssm_configs.contracts.gdn import Dims
 
-from .._device import tuning_device
 from .._plans import Launcher
+from ..ssd import _fused_gluon
 from ..ssd._fused_gluon import tiles
 from ._chunk_o_gluon_kernel import CHUNK, TILE, chunk_o_kernel_hopper
 
@@ -34,7 +34,7 @@ def serves(dims: Dims, strides: Strides, q, k, v, h, o) -> bool:
         return False
     if dims.L != _L or dims.K not in _SIZES or dims.V not in _SIZES or not dims.NC:
         return False
-    if tuning_device(q.device).capability != (9, 0) or any(tensor.data_ptr() % 16 for tensor in (q, k, v, h, o)):
+    if not _fused_gluon._is_hopper(q.device.index) or any(tensor.data_ptr() % 16 for tensor in (q, k, v, h, o)):
         return False
     widths = {"q": dims.H_k * dims.K, "k": dims.H_k * dims.K, "v": dims.H_v * dims.V}
     # Batch rows of one descriptor are whole tokens apart, and coordinates are 32-bit.

@@ -23,35 +23,12 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from ..ssd._fused_gluon_pieces import CHUNK, bound, sequence_of_slot
+from ..ssd._fused_gluon_pieces import CHUNK, chunk_in_slot, exp
 
 TILE = gl.constexpr(64)
 """Columns of the output that are computed at a time."""
-_LOG2E = gl.constexpr(1.4426950408889634)
 _ROWS = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))
 """Of a [64,64] tile on its way to or from memory: 16 bytes a thread."""
-
-
-@gluon.jit
-def _chunk_in_slot(cu_seqlens_ptr, slot, n_chunks, n_sequences, n_tokens):
-    """(b, begin, length, padding) of `ssd`'s function of that name."""
-    if cu_seqlens_ptr is None:
-        b = (slot // n_chunks).to(gl.int64)
-        begin = (slot % n_chunks).to(gl.int64) * CHUNK
-        end = begin * 0 + n_tokens
-        padding = b < 0
-    else:
-        b = slot.to(gl.int64) * 0
-        n = sequence_of_slot(cu_seqlens_ptr, slot, CHUNK, n_sequences, n_tokens, 1)
-        first = bound(cu_seqlens_ptr, n, n_tokens)
-        padding = n == n_sequences
-        end = bound(cu_seqlens_ptr, gl.minimum(n + 1, n_sequences), n_tokens)
-        end = gl.where(padding, n_tokens, end)
-        c = slot - first // CHUNK - n
-        end = gl.where(c >= 0, end, 0)  # negative only where bounds descend
-        begin = first + c * CHUNK
-    length = gl.maximum(gl.minimum(end - begin, CHUNK), 0).to(gl.int32)
-    return b, begin, length, padding
 
 
 @gluon.jit
@@ -91,7 +68,7 @@ def _fetch_h(
 
 @gluon.jit
 def _power(x, BASE_2: gl.constexpr):
-    return gl.exp2(x) if BASE_2 else gl.exp2(x * _LOG2E)
+    return gl.exp2(x) if BASE_2 else exp(x)
 
 
 @gluon.jit
@@ -120,7 +97,8 @@ def chunk_o_kernel_hopper(
     # Heads are the fastest axis of the grid: neighbours read neighbouring columns of the same tokens.
     h = gl.program_id(0) % (H_V // HEADS) * HEADS
     slot = gl.program_id(0) // (H_V // HEADS)
-    b, begin, length, padding = _chunk_in_slot(cu_seqlens_ptr, slot, n_chunks, n_sequences, n_tokens)
+    b, begin, end, padding = chunk_in_slot(cu_seqlens_ptr, slot, n_chunks, n_sequences, n_tokens, True)
+    length = gl.maximum(gl.minimum(end - begin, CHUNK), 0).to(gl.int32)
     row = b * n_tokens + begin
     if length == 0:
         return

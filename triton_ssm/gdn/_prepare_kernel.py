@@ -21,11 +21,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from ..ssd._fused_gluon_pieces import CHUNK, bound, sequence_of_slot
+from .._numerics import LOG2E
+from ..ssd._fused_gluon_pieces import CHUNK, chunk_in_slot, exp
 from ._prepare_inverse import halves, invert, put, room
 
 _EPS = gl.constexpr(1e-6)
-_LOG2E = gl.constexpr(1.4426950408889634)
 # HEADS rows for each: beta·exp(G), beta, G in powers of two.
 _GROWN, _BETA, _SUM = gl.constexpr(0), gl.constexpr(1), gl.constexpr(2)
 
@@ -99,13 +99,13 @@ def _gates(g_ptr, g_stride, beta_ptr, beta_stride, gates_ptr, sums, length, HEAD
     beta = gl.load(beta_ptr + r + i * beta_stride, mask=live, other=0.0).to(gl.float32)
     G = gl.associative_scan(g, 1, _add)
     last = gl.sum(gl.where(i == CHUNK - 1, G, 0.0), axis=1)
-    grown = gl.exp2(G * _LOG2E)
+    grown = exp(G)
     gates_ptr += r * (2 * CHUNK) + i
     gl.store(gates_ptr, grown)
-    gl.store(gates_ptr + CHUNK, gl.exp2((last[:, None] - G) * _LOG2E))
+    gl.store(gates_ptr + CHUNK, exp(last[:, None] - G))
     _rows(sums, _GROWN, HEADS).store(beta * grown)
     _rows(sums, _BETA, HEADS).store(beta)
-    _rows(sums, _SUM, HEADS).store(G * _LOG2E)
+    _rows(sums, _SUM, HEADS).store(G * LOG2E)
 
 
 @gluon.jit
@@ -166,18 +166,7 @@ def gdn_prepare_kernel(
     slot = (gl.program_id(0) // (H_V // HEADS)).to(gl.int64)
     h = gl.program_id(0) % (H_V // HEADS) * HEADS
     h_k = h // (H_V // H_K)
-    if cu_seqlens_ptr is None:
-        b = slot // n_chunks
-        begin = slot % n_chunks * CHUNK
-        end = begin * 0 + n_tokens
-    else:
-        b = slot * 0
-        n = sequence_of_slot(cu_seqlens_ptr, slot, CHUNK, n_sequences, n_tokens, 1)
-        first = bound(cu_seqlens_ptr, n, n_tokens)
-        # Tokens past the last sequence make no chunk.
-        end = gl.where(n < n_sequences, bound(cu_seqlens_ptr, gl.minimum(n + 1, n_sequences), n_tokens), 0)
-        begin = first + (slot - first // CHUNK - n) * CHUNK
-        end = gl.where(begin >= first, end, 0)  # negative only where bounds descend
+    b, begin, end, _ = chunk_in_slot(cu_seqlens_ptr, slot, n_chunks, n_sequences, n_tokens, False)
     length = gl.minimum(end - begin, CHUNK).to(gl.int32)
     if length <= 0:
         return

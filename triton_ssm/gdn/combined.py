@@ -24,6 +24,7 @@ from ssm_configs.contracts import gdn as contract
 from .. import _arguments
 from .._plans import Cache, Launcher, call_key
 from .._replay import replayed
+from .._side_by_side import side_by_side
 from . import _loop, _prepare
 from ._kkt_solve_kernel import kkt_solve_kernel
 from ._l2norm_kernel import l2norm_kernel
@@ -97,7 +98,9 @@ def chunk_gated_delta_rule(
         final = torch.empty(dims.N_seq, dims.H_v, dims.K, dims.V, dtype=torch.float32, device=q.device)
     if o.numel() or (final is not None and final.numel()):
         config = lookup("chunk_gated_delta_rule", **_request(plan))
-        _run(plan, dims, config, use_qk_l2norm, scale, precision, plan.apply(tensors), o, final)
+        tensors = plan.apply(tensors)
+        with side_by_side():
+            _run(plan, dims, config, use_qk_l2norm, scale, precision, tensors, o, final)
     return o, final
 
 

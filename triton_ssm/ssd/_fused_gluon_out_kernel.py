@@ -27,9 +27,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from .._numerics import LOG2E
 from ._fused_gluon_pieces import CHUNK, bound, row_of, sequence_of_slot
 
-_LOG2E = gl.constexpr(1.4426950408889634)
 _SCORES = gl.constexpr(2)
 
 
@@ -226,7 +226,7 @@ def _scan(
         if z_desc is not None:
             mbarrier.wait(z_bars.index(i), c & 1)
             z = y_tile.permute((1, 0)).load(mY).to(gl.float32)
-            y *= z / (1.0 + gl.exp2(z * -_LOG2E))
+            y *= z / (1.0 + gl.exp2(z * -LOG2E))
         y_tile.permute((1, 0)).store(y.to(dtype))
         fence_async_shared()
         gl.thread_barrier()

@@ -29,6 +29,7 @@ from ssm_configs.search import Step
 from .. import _arguments
 from .._plans import Cache, call_key
 from .._replay import replayed
+from .._side_by_side import side_by_side
 from . import _stages
 from ._plan import Plan, dense_output, make_plan, state_dtype_name
 
@@ -126,19 +127,20 @@ def mamba_chunk_scan_combined(
 
     x, dt, A, B, C, D, z, dt_bias, initial_states, cu_seqlens, _, final_state_indices = plan.apply(tensors)
     config = lookup(_OP, **call.request)
-    if call.why_not_fused(config, return_intermediate_states) is None:
-        _fused_path().run(
-            plan, dims, config, x, dt, A, B, C,
-            D=D, z=z, dt_bias=dt_bias, dt_softplus=dt_softplus, dt_limit=dt_limit, initial_states=initial_states,
-            cu_seqlens=cu_seqlens, y=y, final=final, final_indices=final_state_indices, intermediate=intermediate,
-            chunk_aligned=chunk_aligned, precision=precision,
-        )  # fmt: skip
-    else:
-        _stages.run(
-            plan, call.stages, call.stage_configs(config),
-            x, dt, A, B, C, D, z, dt_bias, initial_states, cu_seqlens, y, final, final_state_indices, intermediate,
-            dt_softplus=dt_softplus, dt_limit=dt_limit, chunk_aligned=chunk_aligned, precision=precision,
-        )  # fmt: skip
+    with side_by_side():
+        if call.why_not_fused(config, return_intermediate_states) is None:
+            _fused_path().run(
+                plan, dims, config, x, dt, A, B, C,
+                D=D, z=z, dt_bias=dt_bias, dt_softplus=dt_softplus, dt_limit=dt_limit, initial_states=initial_states,
+                cu_seqlens=cu_seqlens, y=y, final=final, final_indices=final_state_indices, intermediate=intermediate,
+                chunk_aligned=chunk_aligned, precision=precision,
+            )  # fmt: skip
+        else:
+            _stages.run(
+                plan, call.stages, call.stage_configs(config),
+                x, dt, A, B, C, D, z, dt_bias, initial_states, cu_seqlens, y, final, final_state_indices, intermediate,
+                dt_softplus=dt_softplus, dt_limit=dt_limit, chunk_aligned=chunk_aligned, precision=precision,
+            )  # fmt: skip
     return (y, final) if intermediate is None else (y, final, intermediate)
 
 
