@@ -4,6 +4,8 @@ Every operator and implementation gets a fresh process and an empty folder for t
 torch, then another process with the folder as the first one left it. A row of the result says how long the import took
 ("import"), or how long it was from the first call to its result with empty ("cold") or full ("warm") caches, and how many
 kernels were compiled.
+
+Rows take the place of earlier ones of the same operator and implementation; other rows of the file stay.
 """
 
 import argparse
@@ -15,13 +17,12 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from tqdm import tqdm
 
 from parity_tests.cases import Case, select
 
-from . import environment, peers, results
+from . import environment, peers, runs
 from .implementations import OWN
 from .machine import this_machine
 from .op import BenchOp
@@ -84,7 +85,8 @@ def known_implementations(ops: Sequence[str]) -> list[str]:
 
 def main(arguments: argparse.Namespace) -> int:
     device = this_machine("events").target.table_name
-    rows, failures, versions = [], [], environment.versions()
+    path = (arguments.out or RESULTS / device) / "start.json"
+    rows, failures, versions, earlier = [], [], environment.versions(), runs.read(path, device)
     todo = []
     for op in arguments.ops:
         present, missing = peers.find(OPS[op].peers)
@@ -104,9 +106,7 @@ def main(arguments: argparse.Namespace) -> int:
             except RuntimeError as error:
                 failures.append(str(error))
     finally:  # what was measured before a crash is worth having
-        path = (arguments.out or RESULTS / device) / "start.json"
-        made: Any = rows
-        results.write(path, "start", device, versions, environment.command(), made)
+        runs.write(path, "start", device, earlier, versions, environment.command(), rows, ("op", "implementation"))
         print(path)
     for failure in failures:
         print(f"FAILED {failure}", file=sys.stderr)

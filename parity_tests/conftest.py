@@ -16,7 +16,13 @@ def pytest_configure(config: pytest.Config) -> None:
     on_gpu = "gpu" in expression.split() and "not gpu" not in expression
     runners.prepare(interpret=not on_gpu)
     if not on_gpu:
+        import jax
+
         from . import interpret_triton  # noqa: F401
+
+        # Code for the CPU runs once and on little: optimising it takes longer than it saves. As a setting of this process, for
+        # what other processes compile for GPUs must be what users get.
+        jax.config.update("jax_disable_most_optimizations", True)
     # A deadlock in an interpreter ignores signals; the traceback says at least where.
     faulthandler.enable()
 

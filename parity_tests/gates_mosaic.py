@@ -10,6 +10,7 @@ its own for each architecture, because XLA's compiler keeps the first one it see
 
 import argparse
 import contextlib
+import ctypes
 import json
 import math
 import operator
@@ -17,7 +18,7 @@ import os
 import re
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -227,13 +228,32 @@ OPS = {
 }
 
 
+@contextlib.contextmanager
+def _printed(path: Path) -> Iterator[None]:
+    """Into `path` what the process prints meanwhile, C++ code as well."""
+    libc, kept = ctypes.CDLL(None), os.dup(1)
+    sys.stdout.flush()
+    libc.fflush(None)
+    with path.open("wb") as file:
+        os.dup2(file.fileno(), 1)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        libc.fflush(None)
+        os.dup2(kept, 1)
+        os.close(kept)
+
+
 class Compiler:
     """Ahead-of-time compilation for one architecture. Make it before jax is imported anywhere else in the process."""
 
     def __init__(self, arch: str, dump: Path):
-        self._dump = dump
+        self._said = dump / "stdout"
         os.environ["JAX_PLATFORMS"] = "cpu"
-        os.environ["MOSAIC_GPU_DUMP_TO"] = str(dump)
+        # Printed, one by one: MOSAIC_GPU_DUMP_TO would write files, but the module after every pass, too, which takes as long
+        # as to compile it.
+        os.environ |= {"MOSAIC_GPU_DUMP_PTXAS": "1", "MOSAIC_GPU_DUMP_RESOURCES": "1"}
         import jax
         from jax.experimental import topologies
 
@@ -247,39 +267,46 @@ class Compiler:
         """`function(**arrays)`, with the array `donated` given away."""
         import jax
 
-        for file in self._dump.iterdir():
-            file.unlink()
         abstract = {
             name: jax.ShapeDtypeStruct(shape, jax.numpy.dtype(dtype), sharding=self._sharding)
             for name, (shape, dtype) in arrays.items()
         }
         # The lowering, and our choice of a launch, take the default device's architecture.
-        with jax.default_device(self._device):
+        with jax.default_device(self._device), _printed(self._said):
             return jax.jit(function, donate_argnames=donated).lower(**abstract).compile()
 
     def resources(self) -> dict[str, int]:
         """What ptxas says of the last compile's kernels; of several, the most that one of them uses."""
-        found = [self._resources(log) for log in self._dump.glob("*.ptxas")]
+        found = list(self.kernels().values())
         return {name: max(kernel[name] for kernel in found) for name in found[0]}
 
-    @staticmethod
-    def _resources(log: Path) -> dict[str, int]:
-        text = log.read_text()
-        registers = re.search(r"Used (\d+) registers", text)
-        spills = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", text)
-        shared = re.search(r"smem_scratch_bytes=(\d+)", log.with_suffix(".resources.txt").read_text())
-        if registers is None or spills is None or shared is None:
-            raise RuntimeError(f"expected a resource usage line from ptxas, got {text!r}")
-        return {
-            "registers": int(registers[1]),
-            "stack_bytes": int(spills[1]),
-            "spill_bytes": int(spills[2]) + int(spills[3]),
-            "shared_bytes": int(shared[1]),
-        }
+    def kernels(self) -> dict[str, dict[str, int]]:
+        """The same by kernel."""
+        text = self.said()
+        # The lowering says each kernel's shared memory, the compiler the rest; both in the order of the program.
+        shared = [int(size) for size in re.findall(r"smem_scratch_bytes=(\d+)", text)]
+        compiled = re.findall(
+            r"entry function '(\w+?)(?:_mosaic_gpu_kernel)?'(.*?)Used (\d+) registers", text, re.DOTALL
+        )
+        if not compiled or len(compiled) != len(shared):
+            raise RuntimeError(f"expected a resource usage line from ptxas for every kernel, got {text!r}")
+        found = {}
+        for (name, properties, registers), shared_bytes in zip(compiled, shared, strict=True):
+            spills = re.search(
+                r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", properties
+            )
+            assert spills is not None, properties
+            found[name] = {
+                "registers": int(registers),
+                "stack_bytes": int(spills[1]),
+                "spill_bytes": int(spills[2]) + int(spills[3]),
+                "shared_bytes": shared_bytes,
+            }
+        return found
 
-    def ptx(self) -> str:
-        (file,) = self._dump.glob("*.ptx")
-        return file.read_text()
+    def said(self) -> str:
+        """All that was printed during the last compile."""
+        return self._said.read_text(errors="replace")
 
 
 def compile_row(compiler: Compiler, row: Mapping[str, Any]) -> dict[str, Any]:

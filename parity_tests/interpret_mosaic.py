@@ -6,6 +6,9 @@ would run; those are the compile gates' and the GPU's to test.
 Three things that the compiler takes are missing from jax 0.11's interpreter, and are added here: wgmma with its left operand
 in registers, a value stored to an accumulator, and one tile of shared memory under two layouts (a `RefUnion` of members of one
 shape and dtype), which TMA and wgmma see as the same bytes.
+
+Two of its ways are replaced: callbacks go without the detour over JAX's arrays, and races are those of every kernel that ran,
+not of the last one alone.
 """
 
 import contextlib
@@ -135,6 +138,47 @@ def _accumulators_as_buffers() -> Iterator[None]:
         primitives.wgmma_accumulator_store = store
 
 
+def _scalar(x: Any, own: Any = shared_memory._to_int) -> Any:
+    return int(x) if isinstance(x, np.integer) else own(x)
+
+
+shared_memory._to_int = _scalar
+
+
+def _call_with_numpy(*args: Any, callback: Any, **_: Any) -> list[np.ndarray]:
+    # Copies, for a buffer may keep them; and scalars as scalars, which places of threads are made of.
+    return [np.asarray(result) for result in callback(*(np.array(arg)[()] for arg in args))]
+
+
+@contextlib.contextmanager
+def _callbacks_on_numpy() -> Iterator[None]:
+    """Callbacks get NumPy's arrays, which are what the interpreter works with. JAX would put each on a device first, and that
+    takes a third of a kernel's time."""
+    implementation = callback.io_callback_impl
+    callback.io_callback_impl = _call_with_numpy
+    try:
+        yield
+    finally:
+        callback.io_callback_impl = implementation
+
+
+@contextlib.contextmanager
+def _races_of_all_kernels() -> Iterator[list[Any]]:
+    """The interpreter itself keeps only what it saw of the last kernel that ran."""
+    callbacks: Any = gpu_callbacks
+    state, seen = callbacks.GPURaceDetectionState, []
+
+    def remembered(**arguments: Any) -> Any:
+        seen.append(state(**arguments))
+        return seen[-1]
+
+    callbacks.GPURaceDetectionState = remembered
+    try:
+        yield seen
+    finally:
+        callbacks.GPURaceDetectionState = state
+
+
 @contextlib.contextmanager
 def interpreted() -> Iterator[None]:
     """Kernels run interpreted inside; a race is a `RaceError` on the way out."""
@@ -142,11 +186,11 @@ def interpreted() -> Iterator[None]:
     try:
         # Memory that nobody wrote reads as NaN, so an element of an output that a kernel forgets is seen.
         params = plgpu.InterpretGPUParams(detect_races=True, uninitialized_memory="nan")
-        with plgpu.force_gpu_interpret_mode(params), _accumulators_as_buffers():
-            yield
-            jax.effects_barrier()
-        races = gpu_callbacks._races  # None until a kernel runs
-        if races is not None and races.races_found:
+        with _races_of_all_kernels() as seen, _callbacks_on_numpy():
+            with plgpu.force_gpu_interpret_mode(params), _accumulators_as_buffers():
+                yield
+                jax.effects_barrier()
+        if any(races.races_found for races in seen):
             raise RaceError("the interpreter found a race; its log says where")
     finally:
         interpreter.reset_gpu_interpret_mode_state()

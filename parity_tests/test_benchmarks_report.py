@@ -187,7 +187,8 @@ def folder(tmp_path):
     ]
     (place / "start.json").write_text(json.dumps(HEAD | {"rows": rows}))
     hosts = [{"op": OP, "implementation": "triton", "us": 71.25, "replay_us": 42.125}]
-    (place / "host.json").write_text(json.dumps(HEAD | {"rows": hosts}))
+    later = HEAD | {"command": "a-later-command", "rows": [{"op": OP, "implementation": "xla", "us": 31.5}]}
+    (place / "host.json").write_text(json.dumps({"runs": [HEAD | {"rows": hosts}, later]}))
     common = {"statics": {"width": 4}, "dtype": "float16", "size": 64, "twin": "pallas", "knobs": {"BLOCK_SIZE_D": 64}}
     moved = [
         transfer.Row(**common, origin="own", us=10.0),
@@ -218,6 +219,8 @@ def test_sections_appear_with_their_files(folder):
         "Launch overhead",
         "71.2",
         "42.1",
+        "31.5",
+        "a-later-command",
         "rows from elsewhere",
     ):
         assert words in text, words

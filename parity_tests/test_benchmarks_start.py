@@ -4,13 +4,14 @@ import json
 import re
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from benchmarks import __main__ as command
-from benchmarks import host_command, start_child, start_command
+from benchmarks import host_command, runs, start_child, start_command
 from benchmarks.implementations import OWN
 from benchmarks.machine import Machine
 from benchmarks.ops import OPS
@@ -27,6 +28,11 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (start_command, host_command):
         monkeypatch.setattr(module, "this_machine", lambda clock: MACHINE)
         monkeypatch.setattr(module.peers, "find", lambda peers: ({}, {}))
+
+
+def rows_of(path: Path) -> list[list[dict]]:
+    """Of each run."""
+    return [run["rows"] for run in runs.read(path, "NVIDIA_H200")]
 
 
 def test_what_a_model_calls_is_measured():
@@ -94,10 +100,11 @@ def test_start_writes_a_row_for_every_phase(machine, monkeypatch, tmp_path, caps
     assert "mosaic_gpu is left out: no kernel yet" in printed.out
     assert "FAILED causal_conv1d, xla: it broke" in printed.err
     data = json.loads((tmp_path / "start.json").read_text())
-    assert data.keys() == {"op", "device", "versions", "date", "command", "rows"} and data["device"] == "NVIDIA_H200"
-    phases = [(row["phase"], row["seconds"], row["compiles"]) for row in data["rows"]]
+    (run,) = data["runs"]
+    assert data["device"] == "NVIDIA_H200" and run.keys() == {"versions", "date", "command", "rows"}
+    phases = [(row["phase"], row["seconds"], row["compiles"]) for row in run["rows"]]
     assert phases == [("import", 1.5, None), ("cold", 2.0, 3), ("import", 1.5, None), ("warm", 0.25, 0)] * 2
-    assert {row["implementation"] for row in data["rows"]} == {"triton"}
+    assert {row["implementation"] for row in run["rows"]} == {"triton"}
     # Each cold start has a folder of its own.
     assert len({folder for op, name, folder in children if name == "triton"}) == 2
 
@@ -189,8 +196,51 @@ def test_host_writes_its_rows(machine, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(host_command, "measure", measure)
     assert command.main(["host", "causal_conv1d", "--calls", "7", "--out", str(tmp_path)]) == 1
     assert "mosaic_gpu is left out" in (printed := capsys.readouterr()).out and "ValueError: oh" in printed.err
-    (row,) = json.loads((tmp_path / "host.json").read_text())["rows"]
+    ((row,),) = rows_of(tmp_path / "host.json")
     assert row == {
         "op": "causal_conv1d", "implementation": "triton", "us": 7.0, "replay_us": 5.0,
         "case": start_command.case_of(OPS["causal_conv1d"]).name,
     }  # fmt: skip
+
+
+def test_what_was_measured_before_a_time_limit_is_written(machine, monkeypatch, tmp_path):
+    def measure(op, case, implementation, machine, calls):
+        if implementation.name == "xla":
+            raise SystemExit(143)  # what SIGTERM becomes
+        return host_command.HostRow(op.name, implementation.name, case.name, 1.0, None)
+
+    monkeypatch.setattr(host_command, "measure", measure)
+    with pytest.raises(SystemExit, match="143"):
+        command.main(["host", "causal_conv1d", "causal_conv1d_update", "--out", str(tmp_path)])
+    (rows,) = rows_of(tmp_path / "host.json")
+    assert {row["op"] for row in rows} == {"causal_conv1d"} and "triton" in {row["implementation"] for row in rows}
+
+
+def test_a_later_run_replaces_only_what_it_measures_again(machine, monkeypatch, tmp_path):
+    seconds = iter((1.0, 2.0, 3.0))
+    monkeypatch.setattr(start_command, "_child", lambda *_: {"import": 0.5, "first": now, "compiles": 0})
+    for ops in (["causal_conv1d"], ["causal_conv1d_update"], ["causal_conv1d"]):
+        now = next(seconds)
+        arguments = ["start", *ops, "--repeats", "1", "--implementations", "triton", "--out", str(tmp_path)]
+        assert command.main(arguments) == 0
+        if now == 1.0:  # as files of one run once were
+            data = json.loads((tmp_path / "start.json").read_text())
+            (run,) = data.pop("runs")
+            (tmp_path / "start.json").write_text(json.dumps(data | run))
+    cold = [[(row["op"], row["seconds"]) for row in rows if row["phase"] == "cold"]
+            for rows in rows_of(tmp_path / "start.json")]  # fmt: skip
+    assert cold == [[("causal_conv1d_update", 2.0)], [("causal_conv1d", 3.0)]]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    (
+        ("{", "start.json: is no JSON"),
+        ('{"device": "NVIDIA_B200", "runs": []}', "expected results of NVIDIA_H200, got NVIDIA_B200"),
+    ),
+)
+def test_a_file_that_would_be_lost_stops_the_run_before_it_starts(text, message, machine, tmp_path):
+    (tmp_path / "start.json").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        command.main(["start", "causal_conv1d", "--out", str(tmp_path)])
+    assert (tmp_path / "start.json").read_text() == text

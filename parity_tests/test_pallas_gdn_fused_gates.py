@@ -46,11 +46,9 @@ def compile_rows(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 return pallas_ssm.chunk_gated_delta_rule(**arrays, **options, implementation="mosaic_gpu")
 
             compiler.compile(arrays, call)
-            logs = {log.stem.rpartition("_")[0]: log for log in Path(dump).glob("*.ptxas")}
-            kernels = {name: compiler._resources(log) for name, log in logs.items()}
             # wgmma that waits for the one before, however it was asked for.
-            serialised = [line for log in logs.values() for line in log.read_text().splitlines() if "wgmma" in line]
-            found.append({"kernels": kernels, "serialised": serialised})
+            serialised = [line for line in compiler.said().splitlines() if line.startswith("ptxas") and "wgmma" in line]
+            found.append({"kernels": compiler.kernels(), "serialised": serialised})
     return found
 
 

@@ -268,8 +268,14 @@ def test_strict_promotion_and_64_bit_mode():
 
 
 def test_the_race_detector_is_on():
-    """A kernel with a race must not pass; otherwise the tests above would prove nothing about synchronisation."""
+    """A kernel with a race must not pass, nor one that another follows; otherwise the tests above would prove nothing about
+    synchronisation."""
     from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    def waits(x, y, shared, barrier):
+        plgpu.copy_gmem_to_smem(x, shared, barrier)
+        plgpu.barrier_wait(barrier)
+        y[...] = shared[...]
 
     def forgets_to_wait(x, y, shared, barrier):
         plgpu.copy_gmem_to_smem(x, shared, barrier)
@@ -277,9 +283,12 @@ def test_the_race_detector_is_on():
         plgpu.barrier_wait(barrier)
 
     x = jnp.arange(128, dtype=jnp.float32)
-    kernel = plgpu.kernel(forgets_to_wait, out_type=x, scratch_types=[plgpu.SMEM((128,), jnp.float32), plgpu.Barrier()])
+    scratch = [plgpu.SMEM((128,), jnp.float32), plgpu.Barrier()]
+    right, wrong = (plgpu.kernel(body, out_type=x, scratch_types=scratch) for body in (waits, forgets_to_wait))
     with pytest.raises(RaceError), interpreted():
-        jax.block_until_ready(jax.jit(kernel)(x))
+        jax.block_until_ready(jax.jit(lambda x: right(wrong(x)))(x))
+    with interpreted():
+        jax.block_until_ready(jax.jit(right)(x))
 
 
 ERRORS = {

@@ -123,5 +123,5 @@ def test_jax_serving_compiles_nothing():
         )
     )  # fmt: skip
     with pallas_ssm.forbid_compiles():
-        for step in requests.steps(300):
+        for step in requests.steps(1000):
             server.run(step)

@@ -9,16 +9,15 @@
     transfer.json   `python -m benchmarks transfer <op>`; `benchmarks/transfer.py` has its schema
     tuning/         the logs of `python -m benchmarks tune`
 
-start.json and host.json have the head of every result file: device, versions, date, command.
+start.json and host.json hold runs, each with versions, date and command; `benchmarks/runs.py` has their schema.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .. import results
+from .. import results, runs
 from ..ops import OPS, STAGES
 from ..results import Row
 from .blocks import Source
@@ -34,13 +33,12 @@ OPERATORS = (
 """What a model calls. An operator's stages come after it, any other operator with a result file after these."""
 
 _OTHERS = ("start", "host", "transfer")
-_HEAD = ("versions", "date", "command")
 _PHASES = ("import", "cold", "warm")
 
 
 @dataclass(frozen=True)
 class Measured:
-    """One file."""
+    """One file, or one run of a file."""
 
     source: Source
     rows: Sequence[Any]
@@ -53,8 +51,9 @@ class Results:
     folder: Path
     ops: Mapping[str, Measured]
     """Rows are `results.Row`s."""
-    start: Measured | None
-    host: Measured | None
+    start: Sequence[Measured]
+    """By run."""
+    host: Sequence[Measured]
     transfer: Mapping[str, Measured]
     """By operator."""
 
@@ -66,9 +65,9 @@ class Results:
             for op in OPERATORS
             if op not in self.ops
         ]
-        if self.start is None:
+        if not self.start:
             found.append(("start.json", "python -m benchmarks start"))
-        if self.host is None:
+        if not self.host:
             found.append(("host.json", "python -m benchmarks host"))
         untransferred = [op for op in OPS if op in self.ops and op not in self.transfer and op not in STAGES]
         return found + [(f"transfer.json, {op}", f"python -m benchmarks transfer {op}") for op in untransferred]
@@ -101,22 +100,22 @@ def _operator(path: Path, device: str) -> Measured:
     return Measured(source, rows)
 
 
-def _rows(path: Path, device: str, fields: Mapping[str, type]) -> Measured | None:
-    if not path.exists():
-        return None
-    data = _object(path)
-    _expect(path, data, (*_HEAD, "rows"))
-    rows = []
-    for row in data["rows"]:
-        row = {"implementation": row.get("package"), **row}
-        for key, kind in {**fields, "implementation": str}.items():
-            value = row.get(key)
-            if not isinstance(value, (int, float) if kind is float else kind) or isinstance(value, bool):
-                raise ValueError(f"{path}: {key}: expected {kind.__name__}, got {value!r} in {row}")
-        if "phase" in fields and row["phase"] not in _PHASES:
-            raise ValueError(f"{path}: phase: expected one of {_PHASES}, got {row['phase']!r}")
-        rows.append(row)
-    return Measured(Source.of(path, data, device), rows)
+def _rows(path: Path, device: str, fields: Mapping[str, type]) -> list[Measured]:
+    return [
+        Measured(Source.of(path, run, device), [_row(path, row, fields) for row in run["rows"]])
+        for run in runs.read(path, device)
+    ]
+
+
+def _row(path: Path, row: Mapping[str, Any], fields: Mapping[str, type]) -> Mapping[str, Any]:
+    row = {"implementation": row.get("package"), **row}
+    for key, kind in {**fields, "implementation": str}.items():
+        value = row.get(key)
+        if not isinstance(value, (int, float) if kind is float else kind) or isinstance(value, bool):
+            raise ValueError(f"{path}: {key}: expected {kind.__name__}, got {value!r} in {row}")
+    if "phase" in fields and row["phase"] not in _PHASES:
+        raise ValueError(f"{path}: phase: expected one of {_PHASES}, got {row['phase']!r}")
+    return row
 
 
 def _transfer(path: Path, device: str) -> dict[str, Measured]:
@@ -124,23 +123,8 @@ def _transfer(path: Path, device: str) -> dict[str, Measured]:
 
     if not path.exists():
         return {}
-    runs = transfer.read(path)
-    return {op: Measured(Source.of(path, head, device), rows) for op, (head, rows) in runs.items()}
-
-
-def _object(path: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: is no JSON: {error}") from error
-    if not isinstance(data, dict):
-        raise ValueError(f"{path}: expected an object, got {type(data).__name__}")
-    return data
-
-
-def _expect(path: Path, data: Mapping[str, Any], keys: Sequence[str]) -> None:
-    if absent := [key for key in keys if key not in data]:
-        raise ValueError(f"{path}: expected the keys {', '.join(keys)}, without {', '.join(absent)}")
+    found = transfer.read(path)
+    return {op: Measured(Source.of(path, head, device), rows) for op, (head, rows) in found.items()}
 
 
 def implementations(rows: Sequence[Row]) -> list[str]:

@@ -1,11 +1,12 @@
 """Cold and warm start, compile counts, and what a call costs the host."""
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-from ..ops import STAGES
+from ..ops import OPS, STAGES
 from ..plot import name_of
-from .blocks import Column, Section, Table
+from .blocks import Column, Section, Source, Table
 from .sources import Measured, Results, implementations
 
 _PHASES = {
@@ -19,15 +20,23 @@ def sections(results: Results) -> list[Section]:
     return [section for section in (_start(results.start), _host(results)) if section is not None]
 
 
-def _start(measured: Measured | None) -> Section | None:
-    if measured is None:
+def _together(measured: Sequence[Measured]) -> tuple[list[Mapping[str, Any]], list[Source]]:
+    """The rows of all runs, operators in their own order, and where they come from."""
+    place = {op: i for i, op in enumerate(OPS)}
+    rows = [row for run in measured for row in run.rows]
+    return sorted(rows, key=lambda row: place.get(row["op"], len(place))), [run.source for run in measured]
+
+
+def _start(measured: Sequence[Measured]) -> Section | None:
+    if not measured:
         return None
+    rows, read_from = _together(measured)
     said = "Seconds in a fresh process: of the import, then from the first call to its result. Medians over repeats."
     made = Section("start", "Cold and warm start", [said])
-    counted = any("compiles" in row for row in measured.rows)
+    counted = any("compiles" in row for row in rows)
     lines = []
-    for op, name in dict.fromkeys((row["op"], row["implementation"]) for row in measured.rows):
-        own = [row for row in measured.rows if (row["op"], row["implementation"]) == (op, name)]
+    for op, name in dict.fromkeys((row["op"], row["implementation"]) for row in rows):
+        own = [row for row in rows if (row["op"], row["implementation"]) == (op, name)]
         cells = []
         for phase in _PHASES:
             seconds = [row["seconds"] for row in own if row["phase"] == phase]
@@ -44,7 +53,7 @@ def _start(measured: Measured | None) -> Section | None:
     if counted:
         columns.append(Column("kernels compiled", "text"))
     columns.append(Column("case", "text"))
-    made.blocks.append(Table("Seconds to the first result", columns, lines, (measured.source,)))
+    made.blocks.append(Table("Seconds to the first result", columns, lines, read_from))
     return made
 
 
@@ -52,7 +61,7 @@ def _host(results: Results) -> Section | None:
     made = Section(
         "host", "Launch overhead", ["Host time of one call: what it takes to launch, without waiting for the device."]
     )
-    if results.host is not None:
+    if results.host:
         made.blocks.append(_hosts(results.host))
     for op, measured in results.ops.items():
         if table := _from_run(op, measured):
@@ -60,9 +69,10 @@ def _host(results: Results) -> Section | None:
     return made if made.blocks else None
 
 
-def _hosts(measured: Measured) -> Table:
-    lines, replayed = [], any(row.get("replay_us") is not None for row in measured.rows)
-    for row in measured.rows:
+def _hosts(measured: Sequence[Measured]) -> Table:
+    rows, read_from = _together(measured)
+    lines, replayed = [], any(row.get("replay_us") is not None for row in rows)
+    for row in rows:
         cells = [row["op"], name_of(row["implementation"]), row.get("case", ""), f"{row['us']:.1f}"]
         if replayed:
             replay = row.get("replay_us")
@@ -71,7 +81,7 @@ def _hosts(measured: Measured) -> Table:
     columns = [Column("operator", "text"), Column("implementation", "text"), Column("case", "text"), Column("µs")]
     if replayed:
         columns.append(Column("replay of a CUDA graph, cold L2, µs"))
-    return Table("Host time of one call, µs", columns, lines, (measured.source,))
+    return Table("Host time of one call, µs", columns, lines, read_from)
 
 
 def _from_run(op: str, measured: Measured) -> Table | None:
