@@ -24,6 +24,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from ._causal_conv1d_call import Floats, Integers, Static
 from ._causal_conv1d_launch import PrefillLaunch, row_blocks
 from ._causal_conv1d_taps import convolve, load, load_taps, select, stage_taps
+from ._copies import copy_rows
 
 _INPUTS = ("x", "weight", "bias", "initial", *Integers._fields)
 
@@ -58,8 +59,9 @@ def run(
         compiler_params=plgpu.CompilerParams(
             # A thread reads only what it has written itself or what a barrier has announced.
             unsafe_no_auto_barriers=True,
-            reduction_scratch_bytes=0,
             approx_math=True,
+            # Every array has the layout that it is loaded in: to infer them takes as long as all else.
+            lowering_semantics=plgpu.LoweringSemantics.Lane,
         ),
     )
     results = kernel(*given.values(), *([] if pool is None else [pool]))
@@ -123,9 +125,12 @@ class _Block:
             @pl.when(jnp.logical_not(real & some) if aligned else jnp.logical_not(real) & some)
             def _():
                 self.fill(count, fill)
-                self.store(count)
+
+            # Here, once: a part's stores are what takes longest to compile.
+            pl.when(aligned or some)(lambda: self.store(count))
         else:  # every block has a token
             self.convolve(n, slot, start, count, first)
+            self.store(count)
 
         # A slot keeps its state where there is no token; a final state has to be written.
         @pl.when(real & first & some if static.pool else real & first)
@@ -216,8 +221,6 @@ class _Block:
             def _():
                 self.fill(count, None)
 
-        self.store(count)
-
     def initial(self, n: jax.Array, slot: jax.Array) -> tuple[Any, Any] | None:
         """(where the W - 1 inputs before sequence n are, whether there are any), if there can be."""
         if self.static.pool:
@@ -284,15 +287,8 @@ class _Block:
             whole_strips(None)
             return
         whole_strips(lambda g: count >= (g + 1) * rows)
-        # What is left of a strip, in powers of two: a copy cannot be masked.
         g, left = lax.div(count, jnp.int32(rows)), lax.rem(count, jnp.int32(rows))
-        at: Any = 0
-        size = rows // 2
-        while size:
-            take = (left & size) != 0
-            pl.when(take)(partial(copy, g, at, size))
-            at = at + jnp.where(take, size, 0)
-            size //= 2
+        copy_rows(partial(copy, g), left)
 
     def finish(self, n: jax.Array, slot: jax.Array, begin: jax.Array, length: jax.Array) -> None:
         """The last W - 1 inputs of a sequence, which may reach into what came before it, to its final state."""

@@ -47,7 +47,7 @@ def load_taps(width: int, bias: Any, shared: Any, layout: RowLayout) -> tuple[li
 
     def over_rows(j: int) -> jax.Array:
         row = load(shared.at[j], layout.row)
-        return lax.broadcast_in_dim(row, (layout.rows, *row.shape), (1,))
+        return plgpu.layout_cast(lax.broadcast_in_dim(row, (layout.rows, *row.shape), (1,)), layout.tile)
 
     return [over_rows(j) for j in range(width)], None if bias is None else over_rows(width)
 

@@ -20,6 +20,9 @@ from ._warmup_jitted import Place
 from ._warmup_programs import Program
 
 TITLE = "pallas_ssm.warmup"
+# Programs that a process should have to compile: it takes as long as two or three of them until it can begin.
+_WORTH_A_PROCESS = 6
+MOST_PROCESSES = 8
 _log = logging.getLogger(TITLE)
 
 
@@ -108,7 +111,17 @@ def _processes(how: How, programs: int) -> int:
     """How many to compile in; 1 is this one."""
     if programs == 0 or jax.process_count() > 1:  # another process would not find the device by its number
         return 1
-    return how.processes or 1
+    if how.processes is not None:
+        return how.processes
+    # A CPU's programs are small. And each process takes a context on every GPU there is.
+    if how.device.platform != "gpu" or jax.local_device_count() > 1:
+        return 1
+    return max(1, min(MOST_PROCESSES, _cores() - 1, programs // _WORTH_A_PROCESS))
+
+
+def _cores() -> int:
+    """That this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @contextmanager

@@ -57,10 +57,10 @@ def warmup(
     """Compiles the operators as `jitted` gives them, at every bucket of tokens and sequences, and the `programs` it is given.
 
     What it made ready, a later call of the same jitted function finds without a trace. With `cache_dir` compiled operators are
-    stored there, and another process loads them (on a GPU, where nobody has tried that yet, only with `processes`). `programs`
-    are traced by every process anew, and then found in JAX's cache. An operator inside of another jitted function is part of
-    that program and compiled with it, which only `programs` can do ahead. Nothing runs, and no array is allocated. Once per
-    process: an equal call later returns the same summary, `cached=True`; a call with `programs` always looks at them.
+    stored there, and another process loads them. `programs` are traced by every process anew, and then found in JAX's cache. An
+    operator inside of another jitted function is part of that program and compiled with it, which only `programs` can do ahead.
+    Nothing runs, and no array is allocated. Once per process: an equal call later returns the same summary, `cached=True`; a
+    call with `programs` always looks at them.
 
     Args:
         model: a `ModelDims`, a Hugging Face config that `ModelDims.from_config` reads, or None: nothing to warm.
@@ -80,8 +80,9 @@ def warmup(
         speculative: tokens drafted for each sequence and step; the pool of conv states has so many rows more. 0 for none.
         implementation: as for the operators.
         programs: (jitted function, its positional arguments as arrays or `jax.ShapeDtypeStruct`s), to be compiled as well.
-        processes: that compile operators; by default, and under an override, this one alone. More than one take the memory of a
-            CUDA context each (some 500 MiB of the device) until `warmup` returns; what they fail to compile, this one does.
+        processes: that compile operators. Each takes the memory of a CUDA context (some 500 MiB of the device) until `warmup`
+            returns; what they fail to compile, this one does. 1 is this one alone, as always under an override and by default
+            on a CPU, with more than one GPU, and for a few programs; else there are up to eight, fewer than cores.
         threads: that load, and in this process compile, at a time; by default one a core, 16 at most. Tracing stays in the
             caller's thread.
         progress: whether to show a bar (where tqdm is installed).
@@ -111,9 +112,7 @@ def warmup(
     if cache_dir is not None:
         _keep_programs(cache_dir)
     device = _device()
-    # No GPU has called a program of another process yet: there it takes somebody to ask for it.
-    asked = device.platform == "cpu" or processes is not None
-    circumstances = digest_circumstances(device) if asked else None
+    circumstances = digest_circumstances(device)
     how = How(device, circumstances, place(device), cache_dir, processes, threads, progress)
     if dims is None:
         return _warm("", jobs, [], how)

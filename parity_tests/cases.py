@@ -198,6 +198,7 @@ def _scan_cases() -> Iterator[Case]:
     resumed = {"lengths": (700, 0, 1, 323), "initial": True}
     yield _scan("Nemotron-H-8B, packed", 1024, nemotron, ("standard",), **resumed)
     yield _scan("Nemotron-H-8B, packed, aligned", 1024, nemotron, ("standard",), chunk_aligned=True, **resumed)
+    yield _scan("Nemotron-Nano-12B-v2, packed", 1024, MAMBA2_MODELS[3], ("standard",), **resumed)
     yield _scan("Nemotron-H-8B, slow decay", 4096, nemotron.slice(8), ("standard",), slow=True, initial=True)
     yield _scan("Granite-4-tiny, slow decay, packed", 4096, granite, ("standard",), slow=True, lengths=(4000, 96))
     yield _scan("Granite-4-tiny, gate, every chunk's state", 1000, granite, ("odd",), "float16", "float16", z=True,

@@ -18,7 +18,7 @@ from pallas_ssm import _warmup_programs
 from ssm_configs.models import warming
 
 dims = pallas_ssm.ModelDims(heads=16, groups=1, headdim=64, dstate=128, chunk_size=128)
-summary = pallas_ssm.warmup(dims, max_tokens=96, max_batch=24, cache_dir=sys.argv[1], processes=8, progress=False)
+summary = pallas_ssm.warmup(dims, max_tokens=96, max_batch=24, cache_dir=sys.argv[1], progress=False)
 print(summary.variants, summary.cache_hits, summary.calls, flush=True)
 request = _warmup_programs.Request(
     dims, 96, 24, warming.operators(dims), ("packed", "dense"), ("split",), (1,), 25, 0, None

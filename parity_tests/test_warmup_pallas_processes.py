@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import threading
+from types import SimpleNamespace
 from typing import IO, Any
 
 import jax
@@ -13,7 +14,7 @@ import pytest
 
 import pallas_ssm
 import ssm_configs
-from pallas_ssm import _warmup_farm, _warmup_jitted, _warmup_programs
+from pallas_ssm import _warmup_farm, _warmup_jitted, _warmup_programs, _warmup_ready
 from ssm_configs.model_dims import ModelDims
 from ssm_configs.models import warming
 
@@ -104,6 +105,21 @@ def test_what_processes_fail_to_compile_this_one_does(monkeypatch, caplog, recwa
     missing = [warning for warning in recwarn if issubclass(warning.category, ssm_configs.TableWarning)]
     assert [str(warning.message) for warning in missing] == ["no table"] * (program is _REFUSES)
     assert_ready()
+
+
+@pytest.mark.parametrize(
+    ("platform", "gpus", "cores", "asked", "programs", "expected"),
+    (
+        ("gpu", 1, 16, None, 113, 8), ("gpu", 1, 4, None, 113, 3), ("gpu", 1, 1, None, 113, 1), ("gpu", 1, 16, None, 11, 1),
+        ("gpu", 1, 16, None, 12, 2), ("gpu", 8, 16, None, 113, 1), ("cpu", 1, 16, None, 113, 1), ("gpu", 1, 16, 1, 113, 1),
+        ("gpu", 8, 4, 12, 113, 12), ("gpu", 1, 16, 12, 0, 1),
+    ),
+)  # fmt: skip
+def test_how_many_processes_there_are(monkeypatch, platform, gpus, cores, asked, programs, expected):
+    monkeypatch.setattr(jax, "local_device_count", lambda: gpus)
+    monkeypatch.setattr(_warmup_ready, "_cores", lambda: cores)
+    how: Any = SimpleNamespace(device=SimpleNamespace(platform=platform), processes=asked)
+    assert _warmup_ready._processes(how, programs) == expected
 
 
 def test_a_process_that_cannot_be_started(monkeypatch, caplog):

@@ -19,7 +19,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from ssm_configs import Device
 
 from .._selective_state_update_launch import Unsupported
-from ..ssd._tiles import ACC, ACROSS, COLUMNS, LAYOUT, ROWS, across, down, indices, load, locate
+from ..ssd._tiles import ACC, ACROSS, COLUMNS, LAYOUT, ROWS, across, down, indices, load, locate, store_rows
 from ._call import Floats, Static
 from ._xla_stages import Gate
 
@@ -232,22 +232,8 @@ def _store(rows: jax.Array, views: Any, piece: int, o: Any, where: Any, packed: 
     def _():
         plain[...] = rows
         plgpu.commit_smem()
-        _store_rows(plain, o, where.begin, where.length)
-
-
-def _store_rows(rows: Any, o: Any, first: jax.Array, count: jax.Array) -> None:
-    """The first `count` rows, up to all 64. TMA masks nothing: copies of 64, 32, 16, … rows, all of which are waited for."""
-    size, offset = ROWS, 0
-    while size:
-        some = count & size > 0
-
-        @pl.when(some)
-        def _(size=size, offset=offset):
-            plgpu.copy_smem_to_gmem(rows.at[pl.ds(offset, size)], o.at[pl.ds(first + offset, size)])
-
-        offset = offset + jnp.where(some, size, 0)
-        size //= 2
-    plgpu.wait_smem_to_gmem(0)
+        store_rows(plain, o, where.begin, where.length)
+        plgpu.wait_smem_to_gmem(0)
 
 
 def _zero_padding(
@@ -264,4 +250,5 @@ def _zero_padding(
         plgpu.commit_smem()
         for head in range(heads):
             for part in range(parts):
-                _store_rows(rows, o.at[:, first_head + head, pl.ds(part * COLUMNS, COLUMNS)], first, count)
+                store_rows(rows, o.at[:, first_head + head, pl.ds(part * COLUMNS, COLUMNS)], first, count)
+        plgpu.wait_smem_to_gmem(0)

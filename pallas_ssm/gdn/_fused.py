@@ -56,8 +56,8 @@ def plan(static: Static, arrays: Mapping[str, Any], device: Device) -> Launch:
         reason = f"takes up to 2^31 rows, got B={dims.B} × T={dims.T}"
     else:
         shape = _shape(static, launch, dtype)
-        if max(shape.chunks * dims.H_v * max(shape.widths, shape.parts), shape.loop_blocks) > _MAX_COUNT:
-            reason = "takes up to 2^31 - 1 tiles of w and u"
+        if max(shape.tiles.shape[0], shape.loop_blocks) > _MAX_COUNT:
+            reason = "takes up to 2^31 - 1 tiles of q, k, w, u and P"
     if reason is not None:
         raise Unsupported(f"{OP}: the mosaic_gpu kernel {reason}")
     return launch

@@ -65,6 +65,8 @@ def run(shape: Shape, arrays: dict[str, jax.Array], outputs: dict[str, jax.Shape
             # A thread reads only what it has written itself or what a barrier has announced.
             unsafe_no_auto_barriers=True,
             approx_math=True,
+            # Every array has the layout that it is loaded in: to infer them takes as long as all else.
+            lowering_semantics=plgpu.LoweringSemantics.Lane,
         ),
     )(*arrays.values())
     return dict(zip(outputs, results, strict=True))
@@ -138,15 +140,16 @@ class _Loop:
         at, chunk = rem(c, shape.stages), self.slot + c
         head, head_k = chunk * dims.H_v + self.h, chunk * dims.H_k + self.h_k
         full = refs.full.at[at]
-        for name, first, tiles_of in (
-            ("w", head * shape.widths, shape.widths),
-            ("k", head_k * shape.widths, shape.widths),
-            ("q", head_k * shape.widths, shape.widths),
+        for name, first in (
+            ("w", head * shape.widths),
+            ("k", head_k * shape.widths),
+            ("q", head_k * shape.widths),
         ):
-            source, target = getattr(refs, name), getattr(refs, f"{name}_s")
-            plgpu.copy_gmem_to_smem(source.at[pl.ds(first, tiles_of)], target.at[at], full)
-        plgpu.copy_gmem_to_smem(refs.u.at[head * shape.parts + self.part], refs.u_s.at[at], full)
-        plgpu.copy_gmem_to_smem(refs.P.at[head], refs.P_s.at[at], full)
+            source = refs.tiles.at[pl.ds(shape.first(name) + first, shape.widths)]
+            plgpu.copy_gmem_to_smem(source, getattr(refs, f"{name}_s").at[at], full)
+        for name, tile in (("u", head * shape.parts + self.part), ("P", head)):
+            source = refs.tiles.at[shape.first(name) + tile]
+            plgpu.copy_gmem_to_smem(source, getattr(refs, f"{name}_s").at[at], full)
         plgpu.copy_gmem_to_smem(refs.gates.at[head], refs.gates_s.at[at], full)
 
     def store(self, c: jax.Array) -> None:

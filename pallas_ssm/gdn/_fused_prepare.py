@@ -31,11 +31,7 @@ def run(shape: Shape, arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
     """`arrays`: q, k and v as the caller has them; g and beta in fp32, [NC,B,H_v,64] and zero where no token is; cu_seqlens."""
     dims, dtype = shape.static.dims, shape.dtype
     outputs = {
-        "q": shape.tiles(dims.H_k, shape.widths),
-        "k": shape.tiles(dims.H_k, shape.widths),
-        "w": shape.tiles(dims.H_v, shape.widths),
-        "u": shape.tiles(dims.H_v, shape.parts),
-        "P": shape.tiles(dims.H_v),
+        "tiles": shape.tiles,
         "gates": jax.ShapeDtypeStruct((shape.chunks * dims.H_v, 2, CHUNK), jnp.float32),
     }
     scratch = {
@@ -155,8 +151,9 @@ class _Prepare:
     def keep(self) -> None:
         """q and k for the second kernel."""
         first = (self.chunk * self.dims.H_k + self.h_k) * self.shape.widths
-        for source, target in ((self.own.q_s, self.out.q), (self.own.k_s, self.out.k)):
-            plgpu.copy_smem_to_gmem(source[1], target.at[pl.ds(first, self.shape.widths)])
+        for name, source in (("q", self.own.q_s), ("k", self.own.k_s)):
+            at = self.shape.first(name) + first
+            plgpu.copy_smem_to_gmem(source[1], self.out.tiles.at[pl.ds(at, self.shape.widths)])
 
     def triangles(self, betas: list[jax.Array], gates: list[jax.Array]) -> list[jax.Array]:
         """P to where it belongs, A's blocks to shared memory; the first 32 columns of each A."""
@@ -183,7 +180,8 @@ class _Prepare:
             P = lax.optimization_barrier(jnp.where(i >= j, qk * decay, 0.0))
             own.P_s[...] = P.astype(shape.dtype)
             plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(own.P_s, self.out.P.at[self.chunk * self.dims.H_v + self.first + r])
+            at = shape.first("P") + self.chunk * self.dims.H_v + self.first + r
+            plgpu.copy_smem_to_gmem(own.P_s, self.out.tiles.at[at])
             A = lax.optimization_barrier(jnp.where(i > j, kk * down(betas[r], ROWS) * decay, 0.0))
             # Without a second head the first is inverted twice.
             for copy in range(r, 2, shape.heads):
@@ -207,9 +205,9 @@ class _Prepare:
 
             return pl.run_scoped(multiply, ACC((ROWS, COLUMNS), jnp.float32)).astype(dtype)
 
-        for source, target, count, weight, out in (
-            (own.k_s, own.q_s, shape.widths, beta * exp(G), self.out.w),
-            (own.v_s, own.v_s, shape.parts, beta, self.out.u),
+        for name, source, target, count, weight in (
+            ("w", own.k_s, own.q_s, shape.widths, beta * exp(G)),
+            ("u", own.v_s, own.v_s, shape.parts, beta),
         ):
             if source is own.v_s:
                 plgpu.barrier_wait(own.v_ready)
@@ -224,4 +222,4 @@ class _Prepare:
                 for i, result in zip(pair, results, strict=True):
                     target[1].at[i][...] = result
             plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(target[1], out.at[pl.ds(index * count, count)])
+            plgpu.copy_smem_to_gmem(target[1], self.out.tiles.at[pl.ds(shape.first(name) + index * count, count)])

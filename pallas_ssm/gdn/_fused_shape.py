@@ -60,12 +60,22 @@ class Shape:
         """Whether a chunk may have fewer than 64 tokens."""
         return self.static.dims.packed or self.static.dims.T % CHUNK != 0
 
-    def tiles(self, *each: int) -> jax.ShapeDtypeStruct:
-        """So many tiles for each chunk."""
-        count = self.chunks
-        for n in each:
-            count *= n
-        return jax.ShapeDtypeStruct((count, CHUNK, COLUMNS), self.dtype)
+    @property
+    def counts(self) -> dict[str, int]:
+        """Tiles of a chunk, by what they are of: one array after the other in memory."""
+        dims = self.static.dims
+        keys, values = dims.H_k * self.widths, dims.H_v * self.widths
+        return {"q": keys, "k": keys, "w": values, "u": dims.H_v * self.parts, "P": dims.H_v}
+
+    @property
+    def tiles(self) -> jax.ShapeDtypeStruct:
+        """All of them, as one array: every array takes TMA descriptors of its own, which are slow to compile."""
+        return jax.ShapeDtypeStruct((self.chunks * sum(self.counts.values()), CHUNK, COLUMNS), self.dtype)
+
+    def first(self, name: str) -> int:
+        """The first tile of q, k, w, u or P."""
+        names = list(self.counts)
+        return self.chunks * sum(self.counts[other] for other in names[: names.index(name)])
 
     def sequence(self, cu_seqlens: Any, n: jax.Array) -> tuple[Any, jax.Array, jax.Array, jax.Array]:
         """(batch row, first token, end, first slot among all rows') of sequence n; N_seq, packed: what is nobody's."""

@@ -59,9 +59,6 @@ def plan(static: Static, device: Any, config: Mapping[str, Any]) -> Launch:
         raise refuse(f"needs N in {_WIDTHS}, got {dims.N}")
     if dims.P < COLUMNS or dims.P % 8:
         raise refuse(f"needs P in multiples of 8 from {COLUMNS} on, got {dims.P}")
-    if dims.packed and dims.P % COLUMNS:
-        # A sequence's last rows leave in copies of fewer rows, which Mosaic GPU has for whole tiles of channels only.
-        raise refuse(f"packs sequences for P in multiples of {COLUMNS}, got {dims.P}")
     if static.return_intermediate_states and dims.L < CHUNK:
         raise refuse(f"keeps states of chunks of {CHUNK} tokens and more, got chunk_size={dims.L}")
     if dims.B == 0 or dims.T == 0 or dims.N_seq == 0:

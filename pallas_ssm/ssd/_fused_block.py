@@ -23,7 +23,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from .._numerics import LOG2E, softplus
 from ._combined_call import Static
 from ._fused_pieces import CHUNK, Cut, Piece, locate, share
-from ._fused_tiles import rem
+from ._fused_tiles import rem, store_rows_clipped
 from ._tiles import ACROSS, COLUMNS, DOWN, LAYOUT, ROWS, across, down, indices, load, store_rows
 
 # dt comes for so many heads at a time: TMA takes no less than 16 bytes of a row.
@@ -238,4 +238,13 @@ class Block:
             whole()
             return
         pl.when(left >= CHUNK)(whole)
-        pl.when(left < CHUNK)(lambda: each(lambda i, y: store_rows(refs.y_s[2].at[buffer, i], y, first, left)))
+        pl.when(left < CHUNK)(lambda: self.store_short(buffer, first, left))
+
+    def store_short(self, buffer: jax.Array, first: jax.Array, left: jax.Array) -> None:
+        """y of a packed sequence's last chunk, behind which are the next one's rows."""
+        for i, h in enumerate(self.heads):
+            tile, y = self.refs.y_s[2].at[buffer, i], self.refs.y.at[self.piece.b, :, h]
+            if self.dims.P % COLUMNS:
+                store_rows_clipped(tile, y, self.part, first, left)
+            else:
+                store_rows(tile, y.at[:, self.channels], first, left)

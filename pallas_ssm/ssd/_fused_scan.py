@@ -30,7 +30,7 @@ from ._tiles import ACC, ACROSS, COLUMNS, DOWN, LAYOUT, ROWS, across, down, indi
 def run(shape: Shape, arrays: dict[str, jax.Array], outputs: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
     """`arrays`: of Floats and Integers, and `ends` and `totals` where a sequence may have several pieces."""
     dtype = jnp.dtype(shape.static.dtype)
-    stages, heads, widths = shape.stages, shape.heads, shape.widths
+    stages, heads, widths, packed = shape.stages, shape.heads, shape.widths, shape.static.dims.packed
     scratch = {
         "x_s": tiles(stages, heads, dtype=dtype),
         "B_s": tiles(stages, widths, dtype=dtype),
@@ -67,6 +67,8 @@ def run(shape: Shape, arrays: dict[str, jax.Array], outputs: dict[str, jax.Shape
             # A thread reads only what it has written itself or what a barrier has announced.
             unsafe_no_auto_barriers=True,
             approx_math=True,
+            # To infer layouts takes longer than all else of a lowering. Packed, ptxas would spill without.
+            lowering_semantics=plgpu.LoweringSemantics.Warpgroup if packed else plgpu.LoweringSemantics.Lane,
         ),
     )(*arrays.values())
     return dict(zip(outputs, results, strict=True))

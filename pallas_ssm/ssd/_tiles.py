@@ -12,6 +12,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from ssm_configs.contracts.ssd import Dims
 
+from .._copies import copy_rows
+
 # Rows of a tile: what one warpgroup multiplies at a time.
 ROWS = 64
 # Columns of 16 bits that a row of 128 bytes holds.
@@ -116,18 +118,9 @@ def clear_rows(ref: Any, length: jax.Array) -> None:
 
 
 def store_rows(tile: Any, target: Any, first: jax.Array, count: jax.Array) -> None:
-    """The first `count` < 64 rows of a tile without a swizzle to rows of `target` from `first` on.
+    """The first `count` rows of a tile without a swizzle to rows of `target` from `first` on."""
 
-    A copy cannot be masked: one for each power of two.
-    """
-    at: Any = 0
-    size = ROWS // 2
-    while size:
-        take = (count & size) != 0
+    def copy(at: Any, size: int) -> None:
+        plgpu.copy_smem_to_gmem(tile.at[pl.ds(at, size)], target.at[pl.ds(first + at, size)])
 
-        @pl.when(take)
-        def _(at: Any = at, size: int = size) -> None:
-            plgpu.copy_smem_to_gmem(tile.at[pl.ds(at, size)], target.at[pl.ds(first + at, size)])
-
-        at = at + jnp.where(take, size, 0)
-        size //= 2
+    copy_rows(copy, count)
