@@ -10,16 +10,16 @@ import jax.numpy as jnp
 from ssm_configs.model_dims import ModelDims
 
 from ._warmup_jitted import Jitted, jitted
-from .bucket import bucket
+from .bucket import TILE, bucket
 
 Shapes = dict[str, jax.ShapeDtypeStruct]
 
 
-def buckets(most: int) -> list[int]:
+def buckets(most: int, smallest: int = 16) -> list[int]:
     """Every `bucket` that sizes from 1 to `most` are padded to."""
-    found = [bucket(1)]
+    found = [bucket(1, smallest)]
     while found[-1] < most:
-        found.append(bucket(found[-1] + 1))
+        found.append(bucket(found[-1] + 1, smallest))
     return found
 
 
@@ -83,7 +83,7 @@ def _ints(*shape: int) -> jax.ShapeDtypeStruct:
 
 def _prefills(request: Request) -> Iterator[tuple[str, int, int, bool, str]]:
     """(form, T, N_seq, whether there are states to start from, and all that in words)."""
-    for T in buckets(request.max_tokens):
+    for T in buckets(request.max_tokens, TILE):
         for form in request.forms:
             for N_seq in request.sequences if form.startswith("packed") else (1,):
                 for initial in (False,) if form == "dense" else (False, True):

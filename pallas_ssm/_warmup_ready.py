@@ -22,7 +22,8 @@ from ._warmup_programs import Program
 TITLE = "pallas_ssm.warmup"
 # Programs that a process should have to compile: it takes as long as two or three of them until it can begin.
 _WORTH_A_PROCESS = 6
-MOST_PROCESSES = 8
+# Of the memory that JAX may take. A context is some 500 MiB.
+_SHARE, _CONTEXT = 16, 500 << 20
 _log = logging.getLogger(TITLE)
 
 
@@ -116,7 +117,8 @@ def _processes(how: How, programs: int) -> int:
     # A CPU's programs are small. And each process takes a context on every GPU there is.
     if how.device.platform != "gpu" or jax.local_device_count() > 1:
         return 1
-    return max(1, min(MOST_PROCESSES, _cores() - 1, programs // _WORTH_A_PROCESS))
+    memory = (how.device.memory_stats() or {}).get("bytes_limit", 0)
+    return max(1, min(memory // _SHARE // _CONTEXT, _cores() - 1, programs // _WORTH_A_PROCESS))
 
 
 def _cores() -> int:

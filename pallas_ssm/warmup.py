@@ -82,7 +82,8 @@ def warmup(
         programs: (jitted function, its positional arguments as arrays or `jax.ShapeDtypeStruct`s), to be compiled as well.
         processes: that compile operators. Each takes the memory of a CUDA context (some 500 MiB of the device) until `warmup`
             returns; what they fail to compile, this one does. 1 is this one alone, as always under an override and by default
-            on a CPU, with more than one GPU, and for a few programs; else there are up to eight, fewer than cores.
+            on a CPU, with more than one GPU, and for a few programs; else there are fewer than cores, and at most as many as
+            take a sixteenth of the memory.
         threads: that load, and in this process compile, at a time; by default one a core, 16 at most. Tracing stays in the
             caller's thread.
         progress: whether to show a bar (where tqdm is installed).

@@ -212,6 +212,10 @@ def test_bucket():
     ]  # fmt: skip
     buckets = {pallas_ssm.bucket(n) for n in range(1, 5000)}
     assert buckets == {1 << i for i in range(4, 13)} | {3 << i for i in range(3, 12)}
+    assert [pallas_ssm.bucket(n, 64) for n in (0, 63, 64, 65, 97)] == [64, 64, 64, 96, 128]
+    for smallest in (0, 24):
+        with pytest.raises(ValueError, match="smallest: expected a power of two from 16 on"):
+            pallas_ssm.bucket(1, smallest)
     with pytest.raises(TypeError, match="n: expected an int"):
         pallas_ssm.bucket(3.0)  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match="n: expected n >= 0, got -1"):

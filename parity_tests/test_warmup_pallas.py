@@ -36,10 +36,11 @@ def _afresh(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_serving_compiles_nothing():
-    traffic = Traffic(0, max_prompt=40, max_prefills=2, speculative=2, **SIZES)
+    sizes = SIZES | {"max_tokens": 70}
+    traffic = Traffic(0, max_prompt=100, max_prefills=2, speculative=2, **sizes)
     server = JaxServer(DIMS, traffic)
-    summary = pallas_ssm.warmup(DIMS, ops=(), programs=server.programs(), **SIZES)
-    # Prefill and training at 16 and 24 tokens, decode and speculative decode of 16 and 24 sequences.
+    summary = pallas_ssm.warmup(DIMS, ops=(), programs=server.programs(), **sizes)
+    # Prefill and training at 64 and 96 tokens, decode and speculative decode of 16 and 24 sequences.
     assert summary.variants == summary.calls == 8
     kinds = set()
     with pallas_ssm.forbid_compiles():
@@ -101,7 +102,7 @@ def test_jitted_is_one_function_for_equal_options():
 def test_every_form_and_entry_lowers():
     entries, forms = warming.ENTRIES, warming.FORMS
     for dims in (ModelDims(heads=2, groups=1, headdim=16, dstate=16, chunk_size=16, gate=True), GDN):
-        request = _warmup_programs.Request(dims, 20, 3, warming.operators(dims), forms, entries, (1, 3), 5, 1, "xla")
+        request = _warmup_programs.Request(dims, 70, 3, warming.operators(dims), forms, entries, (1, 3), 5, 1, "xla")
         names = set()
         for name, function, shapes in _warmup_programs.make_programs(request):
             function.eval_shape(**shapes)
@@ -112,6 +113,7 @@ def test_every_form_and_entry_lowers():
 def test_buckets():
     assert pallas_ssm.buckets(1) == [16]
     assert pallas_ssm.buckets(100) == [16, 24, 32, 48, 64, 96, 128]
+    assert pallas_ssm.buckets(100, 64) == [64, 96, 128]
     for size in range(1, 300):
         assert pallas_ssm.bucket(size) in pallas_ssm.buckets(300)
 

@@ -108,17 +108,19 @@ def test_what_processes_fail_to_compile_this_one_does(monkeypatch, caplog, recwa
 
 
 @pytest.mark.parametrize(
-    ("platform", "gpus", "cores", "asked", "programs", "expected"),
+    ("platform", "gpus", "GiB", "cores", "asked", "programs", "expected"),
     (
-        ("gpu", 1, 16, None, 113, 8), ("gpu", 1, 4, None, 113, 3), ("gpu", 1, 1, None, 113, 1), ("gpu", 1, 16, None, 11, 1),
-        ("gpu", 1, 16, None, 12, 2), ("gpu", 8, 16, None, 113, 1), ("cpu", 1, 16, None, 113, 1), ("gpu", 1, 16, 1, 113, 1),
-        ("gpu", 8, 4, 12, 113, 12), ("gpu", 1, 16, 12, 0, 1),
+        ("gpu", 1, 104, 16, None, 113, 13), ("gpu", 1, 60, 16, None, 113, 7), ("gpu", 1, 104, 4, None, 113, 3),
+        ("gpu", 1, 104, 1, None, 113, 1), ("gpu", 1, 104, 16, None, 11, 1), ("gpu", 1, 104, 16, None, 12, 2),
+        ("gpu", 8, 104, 16, None, 113, 1), ("cpu", 1, None, 16, None, 113, 1), ("gpu", 1, None, 16, None, 113, 1),
+        ("gpu", 1, 104, 16, 1, 113, 1), ("gpu", 8, 104, 4, 12, 113, 12), ("gpu", 1, 104, 16, 12, 0, 1),
     ),
 )  # fmt: skip
-def test_how_many_processes_there_are(monkeypatch, platform, gpus, cores, asked, programs, expected):
+def test_how_many_processes_there_are(monkeypatch, platform, gpus, GiB, cores, asked, programs, expected):
     monkeypatch.setattr(jax, "local_device_count", lambda: gpus)
     monkeypatch.setattr(_warmup_ready, "_cores", lambda: cores)
-    how: Any = SimpleNamespace(device=SimpleNamespace(platform=platform), processes=asked)
+    memory = None if GiB is None else {"bytes_limit": GiB << 30}
+    how: Any = SimpleNamespace(device=SimpleNamespace(platform=platform, memory_stats=lambda: memory), processes=asked)
     assert _warmup_ready._processes(how, programs) == expected
 
 
