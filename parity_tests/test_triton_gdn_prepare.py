@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from ssm_configs.contracts.gdn import Dims
+from triton_ssm._numerics import LOG2E
 from triton_ssm.gdn import _prepare
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
@@ -185,13 +186,15 @@ def _gluon() -> Any:
     )
 
 
-def _run(name: str) -> Any:
+def _run(name: str, level: int = 1) -> Any:
     """The module of this name, with the stand-in for Gluon."""
 
     def load(name: str, globals_: Any = None, locals_: Any = None, names: Any = (), level: int = 0) -> Any:
-        return _run(name) if level else _gluon()
+        if name == "_numerics":  # Triton's, whose numbers are all that is taken
+            return types.SimpleNamespace(LOG2E=LOG2E.value)
+        return _run(name, level) if level else _gluon()
 
-    path = _FOLDER.parent / (name.replace(".", "/") + ".py") if "." in name else _FOLDER / f"{name}.py"
+    path = (_FOLDER if level == 1 else _FOLDER.parent) / f"{name.replace('.', '/')}.py"
     module: dict[str, Any] = {"__name__": name, "__builtins__": vars(builtins) | {"__import__": load}}
     exec(compile(path.read_text(), path, "exec"), module)
     return types.SimpleNamespace(**module)

@@ -1,11 +1,13 @@
 """What only a GPU shows of the five stages of `mamba_chunk_scan_combined`: compiled products, graphs, one compile for all."""
 
+from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
 import pytest
 
 from ssm_configs import override
+from ssm_configs.model_dims import ModelDims
 
 from .cases import Case
 from .compare import against_oracle
@@ -108,7 +110,25 @@ def test_a_split_prompt_resumes_bit_for_bit():
     assert torch.equal(torch.cat([first, second], 1), whole) and torch.equal(end, final)
 
 
-def test_any_packing_reuses_the_compiled_kernels():
+@pytest.fixture
+def one_config():
+    """Of every stage: a size picks a config, and a config is a kernel of its own."""
+    import torch
+
+    from triton_ssm import _warmup_jobs
+    from triton_ssm._device import tuning_device
+
+    dims, device = ModelDims(heads=8, groups=2, headdim=64, dstate=128, chunk_size=128), torch.device("cuda", 0)
+    request = _warmup_jobs.Request(
+        dims, device, tuning_device(device), 720, 40, (OP,), ("packed",), ("plain",), 0, False, False
+    )  # fmt: skip
+    with ExitStack() as stack:
+        for op, config in _warmup_jobs._stage_pins(request)[0].items():
+            stack.enter_context(override(op, twin="triton", **dict(config)))
+        yield
+
+
+def test_any_packing_reuses_the_compiled_kernels(one_config):
     import torch
 
     from triton_ssm.forbid_compiles import forbid_compiles

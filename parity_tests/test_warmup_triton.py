@@ -14,8 +14,10 @@ import ssm_configs
 import triton_ssm
 from ssm_configs.model_dims import ModelDims
 from ssm_configs.models import warming
+from triton_ssm import _warmup_jobs
 from triton_ssm._plans import Launcher
 from triton_ssm._recording import Recorder
+from triton_ssm.gdn import _loop
 
 from .configs_env import forget_everything
 from .serving import TorchServer, Traffic
@@ -238,6 +240,20 @@ def test_a_recording_brings_no_dynamo_in(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "torch._dynamo", None)  # an import would raise
     with Recorder(()):
         assert torch.empty(3).shape == (3,)
+
+
+def test_few_and_many_sequences_of_the_delta_rule(monkeypatch: pytest.MonkeyPatch):
+    """Their number is the only size, beside the config that it picks, which the fused path's variants follow."""
+    seen = set()
+
+    def call(*, q: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor | None = None, **others: Any) -> None:
+        N_seq = len(q) if cu_seqlens is None else len(cu_seqlens) - 1
+        seen.add((cu_seqlens is not None, N_seq > _loop.most_sequences(*v.shape[2:])))
+
+    monkeypatch.setattr(_warmup_jobs, "chunk_gated_delta_rule", call)
+    dims = ModelDims(key_heads=1, value_heads=2, key_dim=128, value_dim=128)
+    triton_ssm.warmup(dims, ops=["chunk_gated_delta_rule"], **SIZES)
+    assert seen == {(False, False), (False, True), (True, False), (True, True)}
 
 
 def test_random_state_is_left_alone():

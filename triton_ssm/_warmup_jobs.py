@@ -23,7 +23,7 @@ from . import _warmup_operands as operands
 from ._warmup_operands import Draw, Tensors, layouts, signature
 from .causal_conv1d import causal_conv1d, causal_conv1d_split
 from .causal_conv1d_update import causal_conv1d_update
-from .gdn import chunk_gated_delta_rule, fused_recurrent_gated_delta_rule
+from .gdn import _loop, chunk_gated_delta_rule, fused_recurrent_gated_delta_rule
 from .selective_state_update import selective_state_update
 from .ssd import _fused, mamba_chunk_scan_combined
 
@@ -285,6 +285,9 @@ def _delta_rule(request: Request) -> Iterator[Job]:
     dims, op = request.dims, "chunk_gated_delta_rule"
     sizes = {"K": dims.key_dim, "V": dims.value_dim, "chunk_size": _GDN_CHUNK}
     H, most = dims.value_heads, request.max_tokens
+    # Beyond so many sequences the fused path's second kernel is another one.
+    few = _loop.most_sequences(H, dims.value_dim)
+    many = (1,) * (int(few) + 1) if math.isfinite(few) else None
 
     def configs(name: str, most: int) -> list[Config]:
         return request.configs(name, dtype=dims.dtype, unit=H, most=most, **sizes)
@@ -304,8 +307,12 @@ def _delta_rule(request: Request) -> Iterator[Job]:
 
                 def draws(draw: Draw, form: str = form, entry: str = entry) -> Iterator[Tensors]:
                     for initial in _initial(form):
-                        for T in (_FEW, 1):
-                            yield operands.delta_rule(draw, form, entry, initial, T)
+                        for lengths in (
+                            ((_FEW // 2, _FEW // 2), (1, 0)) if form.startswith("packed") else ((_FEW,), (1,))
+                        ):
+                            yield operands.delta_rule(draw, form, entry, initial, lengths)
+                        if many is not None:
+                            yield operands.delta_rule(draw, form, entry, initial, many)
 
                 about = f"{form}, {entry}, {pinned[op]}"
                 yield _job(request, op, about, pinned, draws, lambda tensors: chunk_gated_delta_rule(**tensors))

@@ -180,25 +180,25 @@ def state_update(draw: Draw, batch: int, tokens: int, seed: int | None) -> Tenso
     return tensors | _slots(draw, "state_batch_indices", batch, tokens)
 
 
-def delta_rule(draw: Draw, form: str, entry: str, initial: bool, T: int) -> Tensors:
-    """Of `chunk_gated_delta_rule`."""
-    dims = draw.dims
+def delta_rule(draw: Draw, form: str, entry: str, initial: bool, lengths: tuple[int, ...]) -> Tensors:
+    """Of `chunk_gated_delta_rule`, for sequences of these lengths, equal ones unless packed."""
+    dims, packed = draw.dims, form.startswith("packed")
+    B, T = (1, sum(lengths)) if packed else (len(lengths), lengths[0])
     heads = ((dims.key_heads, dims.key_dim), (dims.key_heads, dims.key_dim), (dims.value_heads, dims.value_dim))
     if entry == "plain":
-        qkv = draw.floats(1, T, sum(dims.gdn_parts)).split(list(dims.gdn_parts), dim=2)
+        qkv = draw.floats(B, T, sum(dims.gdn_parts)).split(list(dims.gdn_parts), dim=2)
     else:
-        qkv = [draw.floats(1, T, width) for width in dims.gdn_parts]
+        qkv = [draw.floats(B, T, width) for width in dims.gdn_parts]
     q, k, v = (part.unflatten(2, shape) for part, shape in zip(qkv, heads, strict=True))
     tensors: Tensors = {
-        "q": q, "k": k, "v": v, "g": -draw.floats(1, T, dims.value_heads, dtype="float32").abs(),
-        "beta": draw.floats(1, T, dims.value_heads, dtype="float32").sigmoid(), "use_qk_l2norm": dims.qk_l2norm,
+        "q": q, "k": k, "v": v, "g": -draw.floats(B, T, dims.value_heads, dtype="float32").abs(),
+        "beta": draw.floats(B, T, dims.value_heads, dtype="float32").sigmoid(), "use_qk_l2norm": dims.qk_l2norm,
         "return_final_state": form != "dense",
     }  # fmt: skip
-    if form.startswith("packed"):
-        tensors["cu_seqlens"] = draw.bounds(T - T // 2, T // 2)
+    if packed:
+        tensors["cu_seqlens"] = draw.bounds(*lengths)
     if initial:
-        sequences = 2 if form.startswith("packed") else 1
-        shape = (sequences, dims.value_heads, dims.key_dim, dims.value_dim)
+        shape = (len(lengths), dims.value_heads, dims.key_dim, dims.value_dim)
         tensors["initial_state"] = draw.floats(*shape, dtype=dims.state_dtype)
     return tensors
 

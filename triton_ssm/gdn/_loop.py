@@ -1,5 +1,6 @@
 """Which calls the fused path serves, and the launch of its second kernel."""
 
+import math
 from collections.abc import Hashable
 from typing import Any
 
@@ -57,7 +58,12 @@ def launch(
 
 def warpgroups_of(dims: Dims) -> int:
     """Of one program, 64 columns of a state each: two where one would make more programs than run at once."""
-    return 2 if dims.V % (2 * COLUMNS) == 0 and dims.N_seq * dims.H_v * (dims.V // COLUMNS) > _SMS else 1
+    return 2 if dims.N_seq > most_sequences(dims.H_v, dims.V) else 1
+
+
+def most_sequences(H_v: int, V: int) -> float:
+    """That one warpgroup a program serves."""
+    return math.inf if V % (2 * COLUMNS) else _SMS // (H_v * (V // COLUMNS))
 
 
 def _programs(dims: Dims, warpgroups: int) -> int:
