@@ -141,21 +141,20 @@ def test_bounds_are_only_data():
 def inverse(A: np.ndarray) -> np.ndarray:
     """Of I + A[0] and I + A[1], by the kernel's own steps, and not rounded after."""
 
-    def body(A: Any, out: Any, blocks: Any) -> None:
+    def body(A: Any, out: Any, blocks: Any, terms: Any) -> None:
         triangles = [load(A.at[r], layout=LAYOUT) for r in range(2)]
         for r, triangle in enumerate(triangles):
-            _fused_inverse.put(blocks[0], r, _fused_inverse.fold(triangle))
+            _fused_inverse.put(blocks, r, triangle)
         plgpu.commit_smem()
-        _fused_inverse.substitute(blocks[0])
+        _fused_inverse.substitute(blocks)
         plgpu.commit_smem()
-        diagonals = [_fused_inverse.get(blocks[0], r) for r in range(2)]
-        plgpu.commit_smem()
-        for r, triangle in enumerate(triangles):
-            corner = triangle[:, : _fused_inverse.HALF]
-            out.at[r][...] = _fused_inverse.merge(diagonals[r], corner, blocks[1], jnp.float32)
+        for r in range(2):
+            X, A21 = _fused_inverse.get(blocks, r)
+            out.at[r][...] = _fused_inverse.merge(X, A21, terms, jnp.float32)
 
     kernel = plgpu.kernel(
-        body, out_type=jax.ShapeDtypeStruct(A.shape, jnp.float32), scratch_types=[_fused_inverse.scratch()],
+        body, out_type=jax.ShapeDtypeStruct(A.shape, jnp.float32),
+        scratch_types=[_fused_inverse.blocks_scratch(), _fused_inverse.terms_scratch()],
         grid=(1,), grid_names=("block",), compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
     )  # fmt: skip
     with interpreted():

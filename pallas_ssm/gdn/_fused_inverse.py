@@ -8,8 +8,7 @@ of each head) are inverted at once, a warp each: a thread has one column of the 
 which waits for nobody. The merge is two products on tensor cores of operands split into three bf16 terms, whose six largest
 products together are fp32's.
 
-On its way a head's [64,64] triangle with nothing right of its blocks is "folded" to [64,32]: row i holds the columns of its
-own block.
+The inverses of a head's two blocks are "folded" to [64,32]: row i holds the columns of its own block.
 """
 
 from typing import Any
@@ -30,34 +29,32 @@ _ALONG, _ONE_ROW = _COLUMN.reduce(2), _COLUMN.reduce(1)
 _TERMS = 3
 
 
-def scratch() -> Any:
-    """Two heads' blocks; in their place, later, the terms of a folded operand."""
+def blocks_scratch() -> Any:
+    """Shared memory of two heads' triangles."""
+    return plgpu.SMEM((4, HALF + ROWS, HALF), jnp.float32)
+
+
+def terms_scratch() -> Any:
+    """Shared memory of the terms of a folded operand."""
     transforms = (plgpu.TilingTransform((8, HALF)), plgpu.SwizzleTransform(64))  # pyright: ignore[reportAbstractUsage]
-    return plgpu.RefUnion(
-        plgpu.SMEM((4, HALF + ROWS, HALF), jnp.float32),
-        plgpu.SMEM((_TERMS, ROWS, HALF), jnp.bfloat16, transforms=transforms),
-    )
+    return plgpu.SMEM((_TERMS, ROWS, HALF), jnp.bfloat16, transforms=transforms)
 
 
-def fold(A: jax.Array) -> jax.Array:
-    return jnp.where(indices(0, HALF) < HALF, A[:, :HALF], A[:, HALF:])
-
-
-def _views(blocks: Any, head: int) -> tuple[Any, Any]:
-    """[64,32] of which the first half of the rows belongs to the head's first block, and one of which the second does to its
-    second: in `blocks` both lie in rows 32 to 63."""
+def _views(blocks: Any, head: Any) -> tuple[Any, Any]:
+    """Of the left and the right half of a head's triangle, so that the blocks on its diagonal both lie in rows 32 to 63."""
     return blocks.at[2 * head, pl.ds(HALF, ROWS)], blocks.at[2 * head + 1, pl.ds(0, ROWS)]
 
 
-def put(blocks: Any, head: int, triangle: jax.Array) -> None:
-    """A head's folded triangle to the first view of `scratch`."""
-    for view in _views(blocks, head):
-        view[...] = triangle
+def put(blocks: Any, head: Any, triangle: jax.Array) -> None:
+    """A head's triangle to `blocks_scratch`."""
+    for i, view in enumerate(_views(blocks, head)):
+        view[...] = triangle[:, i * HALF : (i + 1) * HALF]
 
 
-def get(blocks: Any, head: int) -> jax.Array:
-    first, second = (load(view, layout=LAYOUT) for view in _views(blocks, head))
-    return jnp.where(indices(0, HALF) < HALF, first, second)
+def get(blocks: Any, head: Any) -> tuple[jax.Array, jax.Array]:
+    """After the substitution: the folded inverses, and [64,32] of which the lower half is A21."""
+    left, right = (load(view, layout=LAYOUT) for view in _views(blocks, head))
+    return jnp.where(indices(0, HALF) < HALF, left, right), left
 
 
 def _spread(value: jax.Array, axis: int) -> jax.Array:
@@ -66,18 +63,32 @@ def _spread(value: jax.Array, axis: int) -> jax.Array:
 
 
 def substitute(blocks: Any) -> None:
-    """In the first view of `scratch`, in place. No thread reads what another warp's has written."""
+    """In place. No thread reads what another warp's has written."""
     row = plgpu.broadcasted_iota(jnp.int32, (4, _PIECE, HALF), 1, layout=_COLUMN)
     column = plgpu.broadcasted_iota(jnp.int32, (4, HALF), 1, layout=_ONE_ROW)
-    X = [plgpu.layout_cast(jnp.zeros((4, _PIECE, HALF), jnp.float32), _COLUMN) for _ in range(HALF // _PIECE)]
-    for i in range(HALF):
-        x = jnp.where(column == i, 1.0, 0.0)
-        for piece in range(-(-i // _PIECE)):
-            a = load(blocks.at[:, HALF + i, pl.ds(piece * _PIECE, _PIECE)], layout=_ALONG)
-            x = x - jnp.sum(_spread(a, 1) * X[piece], axis=1)
-        piece = i // _PIECE
-        X[piece] = jnp.where(row == i % _PIECE, _spread(x, 2), X[piece])
-        blocks.at[:, HALF + i, :][...] = x
+    none = plgpu.layout_cast(jnp.zeros((4, _PIECE, HALF), jnp.float32), _COLUMN)
+
+    def less(x: jax.Array, i: Any, first: Any, X: jax.Array) -> jax.Array:
+        """Row i of the right side less what rows `first` to `first` + 7 of the inverse take from it."""
+        a = load(blocks.at[:, HALF + i, pl.ds(first, _PIECE)], layout=_ALONG)
+        return x - jnp.sum(_spread(a, 1) * X, axis=1)
+
+    def piece(p: jax.Array, _: None) -> None:
+        begin = p * _PIECE
+
+        def before(r: jax.Array, right: list[jax.Array]) -> list[jax.Array]:
+            first = r * _PIECE
+            X = load(blocks.at[:, pl.ds(HALF + first, _PIECE), :], layout=_COLUMN)
+            return [less(x, begin + i, first, X) for i, x in enumerate(right)]
+
+        right = [jnp.where(column == begin + i, 1.0, 0.0) for i in range(_PIECE)]
+        X = none
+        for i, x in enumerate(lax.fori_loop(0, p, before, right)):
+            X = jnp.where(row == i, _spread(less(x, begin + i, begin, X), 2), X)
+        blocks.at[:, pl.ds(HALF + begin, _PIECE), :][...] = X
+
+    # Loops, for all that is unrolled is code that takes long to make ready.
+    lax.fori_loop(0, HALF // _PIECE, piece, None)
 
 
 def _split(value: jax.Array) -> list[jax.Array]:
@@ -114,7 +125,7 @@ def _product(left: list[jax.Array], right: Any, rows: Any) -> jax.Array:
 def merge(X: jax.Array, A: jax.Array, terms: Any, dtype: Any) -> jax.Array:
     """The inverse, rounded.
 
-    `X`: the inverses of its blocks, folded; `A`: the first 32 columns of its triangle; `terms`: the second view of `scratch`.
+    `X`: the inverses of its blocks, folded; `A`: A21 in the lower half, in the upper half anything.
     """
     first = indices(0, HALF) < HALF
     _put(terms, X)

@@ -38,8 +38,9 @@ def run(shape: Shape, arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
         "q_s": tiles(shape.widths, dtype=dtype),
         "k_s": tiles(shape.widths, dtype=dtype),
         "v_s": tiles(shape.parts, dtype=dtype),
-        "P_s": operand(dtype=dtype),
-        "A_s": inverse.scratch(),
+        # P leaves before the merges.
+        "P_s": plgpu.RefUnion(operand(dtype=dtype), inverse.terms_scratch()),
+        "A_s": inverse.blocks_scratch(),
         "g_s": plgpu.SMEM((shape.heads, CHUNK), jnp.float32),
         "ready": plgpu.Barrier(num_arrivals=2 * shape.widths),
         "v_ready": plgpu.Barrier(num_arrivals=shape.parts),
@@ -98,20 +99,31 @@ class _Prepare:
         self.tidy(own.k_s[1])
         plgpu.commit_smem()
         pl.when(rem(self.first, self.dims.H_v // self.dims.H_k) == 0)(self.keep)
-        corners = self.triangles(betas, gates)
+        vectors = list(zip(betas, gates, strict=True))
+        self.triangles(vectors)
         plgpu.commit_smem()
-        inverse.substitute(own.A_s[0])
+        inverse.substitute(own.A_s)
         plgpu.commit_smem()
-        blocks = [inverse.get(own.A_s[0], r) for r in heads]
-        for r in heads:
-            # What has left makes room: q for rows of k, triangles for the terms of the merge, and the head before for the next.
+
+        def finish(r: jax.Array, beta: jax.Array, G: jax.Array) -> None:
+            X, A = inverse.get(own.A_s, r)
+            # What has left makes room: q for rows of k, P for the terms of the merge, and the head before for the next.
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             plgpu.commit_smem()
-            if r:
-                self.fetch(self.given.v, self.first + r, own.v_s, own.v_ready)
-            X = inverse.merge(blocks[r], corners[r], own.A_s[1], shape.dtype)
-            self.multiply(r, X, betas[r], gates[r])
+            pl.when(r > 0)(lambda: self.fetch(self.given.v, self.first + r, own.v_s, own.v_ready))
+            self.multiply(r, inverse.merge(X, A, own.P_s[1], shape.dtype), beta, G)
+
+        self.for_heads(finish, vectors)
         plgpu.wait_smem_to_gmem(0)
+
+    def for_heads(self, do: Any, vectors: list[tuple[jax.Array, jax.Array]]) -> None:
+        """`do(r, beta, G)`, as a loop: code twice as long takes twice as long to make ready."""
+
+        def step(r: jax.Array, vectors: list[tuple[jax.Array, jax.Array]]) -> list[tuple[jax.Array, jax.Array]]:
+            do(r, *vectors[0])
+            return vectors[1:] + vectors[:1]
+
+        lax.fori_loop(0, self.shape.heads, step, vectors)
 
     def fetch(self, source: Any, head: Any, target: Any, barrier: Any) -> None:
         for i in range(target[0].shape[0]):
@@ -155,8 +167,8 @@ class _Prepare:
             at = self.shape.first(name) + first
             plgpu.copy_smem_to_gmem(source[1], self.out.tiles.at[pl.ds(at, self.shape.widths)])
 
-    def triangles(self, betas: list[jax.Array], gates: list[jax.Array]) -> list[jax.Array]:
-        """P to where it belongs, A's blocks to shared memory; the first 32 columns of each A."""
+    def triangles(self, vectors: list[tuple[jax.Array, jax.Array]]) -> None:
+        """P to where it belongs, A to shared memory."""
         own, shape = self.own, self.shape
 
         def products(qk: Any, kk: Any) -> tuple[jax.Array, jax.Array]:
@@ -168,28 +180,31 @@ class _Prepare:
         tile = ACC((ROWS, ROWS), jnp.float32)
         qk, kk = pl.run_scoped(products, tile, tile)
         i, j = indices(0), indices(1)
-        corners = []
-        for r in range(shape.heads):
+
+        def one(r: jax.Array, beta: jax.Array, G: jax.Array) -> None:
             # Masked before the exp: gates may be of either sign.
-            difference = jnp.where(i >= j, down(gates[r], ROWS) - across(load(own.g_s.at[r], layout=ACROSS), ROWS), 0.0)
+            difference = jnp.where(i >= j, down(G, ROWS) - across(load(own.g_s.at[r], layout=ACROSS), ROWS), 0.0)
             decay = exp(difference)
-            if r:
+
+            @pl.when(r > 0)
+            def _():
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                 plgpu.commit_smem()
+
             # Apart, for LLVM would round number by number and select then.
             P = lax.optimization_barrier(jnp.where(i >= j, qk * decay, 0.0))
-            own.P_s[...] = P.astype(shape.dtype)
+            own.P_s[0][...] = P.astype(shape.dtype)
             plgpu.commit_smem()
             at = shape.first("P") + self.chunk * self.dims.H_v + self.first + r
-            plgpu.copy_smem_to_gmem(own.P_s, self.out.tiles.at[at])
-            A = lax.optimization_barrier(jnp.where(i > j, kk * down(betas[r], ROWS) * decay, 0.0))
+            plgpu.copy_smem_to_gmem(own.P_s[0], self.out.tiles.at[at])
+            A = lax.optimization_barrier(jnp.where(i > j, kk * down(beta, ROWS) * decay, 0.0))
             # Without a second head the first is inverted twice.
-            for copy in range(r, 2, shape.heads):
-                inverse.put(own.A_s[0], copy, inverse.fold(A))
-            corners.append(A[:, : inverse.HALF])
-        return corners
+            for copy in range(0, 2, shape.heads):
+                inverse.put(own.A_s, r + copy, A)
 
-    def multiply(self, r: int, X: jax.Array, beta: jax.Array, G: jax.Array) -> None:
+        self.for_heads(one, vectors)
+
+    def multiply(self, r: jax.Array, X: jax.Array, beta: jax.Array, G: jax.Array) -> None:
         """w and u of one head. The operands and then the results lie where q and v were."""
         own, shape, dtype = self.own, self.shape, self.shape.dtype
         index = self.chunk * self.dims.H_v + self.first + r
