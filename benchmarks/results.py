@@ -102,7 +102,7 @@ def write(path: Path, op: str, device: str, versions: Mapping[str, str], command
         "command": command,
     }
     lines = [f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in head.items()]
-    body = ",\n".join(f"    {json.dumps(_rounded(asdict(row)), allow_nan=False)}" for row in rows)
+    body = ",\n".join(f"    {json.dumps(rounded(asdict(row)), allow_nan=False)}" for row in rows)
     text = "{\n" + ",\n".join(lines) + ',\n  "rows": [\n' + body + "\n  ]\n}\n"
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
@@ -117,5 +117,5 @@ def read(path: Path) -> tuple[dict[str, Any], list[Row]]:
     return data, rows
 
 
-def _rounded(row: dict[str, Any]) -> dict[str, Any]:
+def rounded(row: dict[str, Any]) -> dict[str, Any]:
     return {key: float(f"{value:.6g}") if isinstance(value, float) else value for key, value in row.items()}

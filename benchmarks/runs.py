@@ -14,7 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from .results import _rounded
+from .results import rounded
 
 HEAD = ("versions", "date", "command")
 
@@ -51,7 +51,7 @@ def write(
     """In one step, rows a line each: `measured` ones (dataclasses), and of `earlier` runs what was not measured again."""
     if not measured:
         return
-    rows = [_rounded(asdict(row)) for row in measured]
+    rows = [rounded(asdict(row)) for row in measured]
     again = {tuple(row.get(key) for key in keys) for row in rows}
     runs = [
         {**run, "rows": [row for row in run["rows"] if tuple(row.get(key) for key in keys) not in again]}
