@@ -36,7 +36,7 @@ def _afresh(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_serving_compiles_nothing():
-    sizes = SIZES | {"max_tokens": 70}
+    sizes: dict[str, Any] = SIZES | {"max_tokens": 70}
     traffic = Traffic(0, max_prompt=100, max_prefills=2, speculative=2, **sizes)
     server = JaxServer(DIMS, traffic)
     summary = pallas_ssm.warmup(DIMS, ops=(), programs=server.programs(), **sizes)
