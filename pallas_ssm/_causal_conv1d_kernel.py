@@ -21,10 +21,12 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from ._branches import when
 from ._causal_conv1d_call import Floats, Integers, Static
 from ._causal_conv1d_launch import PrefillLaunch, row_blocks
 from ._causal_conv1d_taps import convolve, load, load_taps, select, stage_taps
 from ._copies import copy_rows
+from ._indices import unravel
 
 _INPUTS = ("x", "weight", "bias", "initial", *Integers._fields)
 
@@ -89,8 +91,8 @@ class _Block:
         self.history = self.dims.W - 1
         block, blocks = lax.axis_index("block"), row_blocks(static, launch.BLOCK_SIZE_T)
         across = self.dims.D // launch.BLOCK_SIZE_D
-        self.batch, self.block = block // (across * blocks), block // across % blocks
-        self.column = block % across * launch.BLOCK_SIZE_D
+        self.batch, self.block, column = unravel(block, blocks, across)
+        self.column = column * launch.BLOCK_SIZE_D
         self.channels = pl.ds(self.column, launch.BLOCK_SIZE_D)
         self.layout = launch.layout.tile
         self.shape = (launch.strips, launch.BLOCK_SIZE_D)
@@ -118,22 +120,22 @@ class _Block:
 
         if static.pool or dims.packed or aligned:
 
-            @pl.when(real & some)
+            @when(real & some)
             def _():
                 self.convolve(n, slot, start, count, first)
 
-            @pl.when(jnp.logical_not(real & some) if aligned else jnp.logical_not(real) & some)
+            @when(jnp.logical_not(real & some) if aligned else jnp.logical_not(real) & some)
             def _():
                 self.fill(count, fill)
 
             # Here, once: a part's stores are what takes longest to compile.
-            pl.when(aligned or some)(lambda: self.store(count))
+            when(aligned or some)(lambda: self.store(count))
         else:  # every block has a token
             self.convolve(n, slot, start, count, first)
             self.store(count)
 
         # A slot keeps its state where there is no token; a final state has to be written.
-        @pl.when(real & first & some if static.pool else real & first)
+        @when(real & first & some if static.pool else real & first)
         def _():
             self.finish(n, slot, begin, end - begin)
 
@@ -179,14 +181,14 @@ class _Block:
                 self.fetch(start + (g * strip_rows - history), strip_rows + history, g, 0)
                 continue
             # A sequence's first token has no tokens before it.
-            pl.when(first)(partial(self.fetch, start, strip_rows, 0, history))
+            when(first)(partial(self.fetch, start, strip_rows, 0, history))
             if may_continue:
-                pl.when(jnp.logical_not(first))(partial(self.fetch, start - history, strip_rows + history, 0, 0))
+                when(jnp.logical_not(first))(partial(self.fetch, start - history, strip_rows + history, 0, 0))
         known = self.initial(n, slot)
         if known is not None:
             ref, has = known
 
-            @pl.when(first & has)
+            @when(first & has)
             def _():
                 plgpu.copy_gmem_to_smem(ref, tile.at[0, pl.ds(0, history)], self.history_arrived)
 
@@ -195,7 +197,7 @@ class _Block:
         plgpu.barrier_wait(self.arrived)
         blank = first
         if known is not None:
-            pl.when(first & known[1])(lambda: plgpu.barrier_wait(self.history_arrived))
+            when(first & known[1])(lambda: plgpu.barrier_wait(self.history_arrived))
             blank = first & jnp.logical_not(known[1])
         window = [self.tokens(i).astype(jnp.float32) for i in range(history)]
         if refs.initial is None:
@@ -217,21 +219,20 @@ class _Block:
         lax.fori_loop(jnp.int32(0), jnp.int32(strip_rows // launch.unroll), step, tuple(window))
         if self.static.chunk_size is not None:
 
-            @pl.when(count < launch.BLOCK_SIZE_T)
+            @when(count < launch.BLOCK_SIZE_T)
             def _():
                 self.fill(count, None)
 
     def initial(self, n: jax.Array, slot: jax.Array) -> tuple[Any, Any] | None:
         """(where the W - 1 inputs before sequence n are, whether there are any), if there can be."""
         if self.static.pool:
-            # A bool is a byte, and 0 or 1.
             return self.refs.state.at[slot, pl.ds(0, self.history), self.channels], self.has_initial(n)
         if self.refs.initial is not None:
             return self.refs.initial.at[n, :, self.channels], True
         return None
 
     def has_initial(self, n: jax.Array) -> jax.Array:
-        return self.refs.has_initial[n] != 0
+        return self.refs.has_initial[n]
 
     def fetch(self, start: jax.Array, count: int, g: int, at: int) -> None:
         """`count` tokens from `start` on into strip g, from row `at` on."""
@@ -265,7 +266,7 @@ class _Block:
                 self.store_into(part, offset, count)
             else:
                 mine = (self.column >= offset) & (self.column < offset + size)
-                pl.when(mine)(partial(self.store_into, part, offset, count))
+                when(mine)(partial(self.store_into, part, offset, count))
 
     def store_into(self, part: Any, offset: int, count: jax.Array) -> None:
         launch = self.launch
@@ -279,7 +280,7 @@ class _Block:
         def whole_strips(where: Callable[[int], Any] | None) -> None:
             for g in range(launch.strips):
                 store = partial(copy, g, 0, rows)
-                store() if where is None else pl.when(where(g))(store)
+                store() if where is None else when(where(g))(store)
 
         # What hangs over the array's end is dropped, what hangs over a batch row's end would be the next one's first rows.
         dense = not self.dims.packed and (self.dims.B == 1 or self.dims.T % launch.BLOCK_SIZE_T == 0)
@@ -301,7 +302,7 @@ class _Block:
         def token(i: jax.Array) -> jax.Array:
             return load(refs.x.at[self.batch, i, self.channels], row)
 
-        @pl.when(length >= history)
+        @when(length >= history)
         def _():
             write([token(begin + length - history + i) for i in range(history)])
 
@@ -313,7 +314,7 @@ class _Block:
             write(rows)
 
         for short in range(history):
-            pl.when(length == short)(partial(write_short, short))
+            when(length == short)(partial(write_short, short))
 
     def initial_row(self, n: jax.Array, slot: jax.Array, i: int) -> jax.Array:
         row = self.launch.layout.row

@@ -15,9 +15,11 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from ._branches import when
 from ._causal_conv1d_call import Floats, Integers, Static
 from ._causal_conv1d_launch import UpdateLaunch
 from ._causal_conv1d_taps import convolve, load, select, stage_taps, write_taps
+from ._indices import unravel
 
 _INPUTS = ("x", "weight", "bias", *Integers._fields)
 # Tokens of a packed sequence that are asked for at a time.
@@ -66,9 +68,9 @@ class _Block:
     def __init__(self, static: Static, launch: UpdateLaunch, refs: Any, shared: Any):
         self.static, self.launch, self.dims, self.refs, self.shared = static, launch, static.dims, refs, shared
         self.history = self.dims.W - 1
-        block, across = lax.axis_index("block"), self.dims.D // launch.BLOCK_SIZE_D
-        self.first = block // across * launch.BLOCK_SIZE_B
-        self.channels = pl.ds(block % across * launch.BLOCK_SIZE_D, launch.BLOCK_SIZE_D)
+        row, column = unravel(lax.axis_index("block"), self.dims.D // launch.BLOCK_SIZE_D)
+        self.first = row * launch.BLOCK_SIZE_B
+        self.channels = pl.ds(column * launch.BLOCK_SIZE_D, launch.BLOCK_SIZE_D)
         self.layout = launch.layout.tile
 
     # One token for every sequence.
@@ -85,20 +87,20 @@ class _Block:
         all_live = self.is_live(slots[0])
         for slot in slots[1:]:
             all_live = all_live & self.is_live(slot)
-        pl.when(all_live)(partial(self.together, sequences, slots, tokens))
+        when(all_live)(partial(self.together, sequences, slots, tokens))
 
-        @pl.when(jnp.logical_not(all_live))
+        @when(jnp.logical_not(all_live))
         def _():
             # One after the other, and not unrolled: there are few such blocks.
             def one(i: jax.Array, _: None) -> None:
                 n = self.first + i
                 slot = refs.slots[n]
 
-                @pl.when(self.is_live(slot))
+                @when(self.is_live(slot))
                 def _():
                     self.together([n], [slot], [self.load(refs.x.at[pl.ds(n, 1), self.channels])])
 
-                @pl.when(jnp.logical_not(self.is_live(slot)))
+                @when(jnp.logical_not(self.is_live(slot)))
                 def _():
                     self.fill(n, n + 1, self.mark(self.static.is_padding(slot)))
 
@@ -134,11 +136,11 @@ class _Block:
         live = real & jnp.logical_not(padding) & (slot < dims.S)
         some = begin < end
 
-        @pl.when(live & some)
+        @when(live & some)
         def _():
             self.tokens(n, begin, end, slot)
 
-        @pl.when(jnp.logical_not(live))
+        @when(jnp.logical_not(live))
         def _():
             self.fill(begin, jnp.where(real, end, T), self.mark(padding | jnp.logical_not(real)))
 
@@ -159,14 +161,14 @@ class _Block:
                 y = self.step((*window, x), taps, bias)
                 there = t + k < end
 
-                @pl.when(there)
+                @when(there)
                 def _(k=k, y=y):
                     refs.y[pl.ds(t + k, 1), self.channels] = y
 
                 if speculative:
                     at = self.history - 1 + t + k - begin
 
-                    @pl.when(there & (at < self.dims.L))
+                    @when(there & (at < self.dims.L))
                     def _(at=at, x=x):
                         self.store(slot, at, x)
 

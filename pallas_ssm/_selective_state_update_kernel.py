@@ -16,6 +16,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from ._branches import when
 from ._numerics import exp, silu, softplus
 from ._selective_state_update_call import Floats, Integers, Static
 from ._selective_state_update_launch import Launch
@@ -98,11 +99,11 @@ class _Block:
         same = self.refs.target is None and self.refs.accepted is None
         live = jnp.logical_not(padding) & (source < S if same else (source < S) & (target < S))
 
-        @pl.when(live)
+        @when(live)
         def _():
             self.update(n, source, target, always=same)
 
-        @pl.when(jnp.logical_not(live))
+        @when(jnp.logical_not(live))
         def _():
             self.fill(n, jnp.where(padding, jnp.float32(0), jnp.float32(jnp.nan)))
 
@@ -145,18 +146,18 @@ class _Block:
         def bound(i: jax.Array | int) -> jax.Array:
             return jnp.clip(refs.cu_seqlens[i], 0, T)
 
-        @pl.when(self.n == N_seq)
+        @when(self.n == N_seq)
         def _():
             first, last = bound(0), bound(N_seq)
             self.fill_range(0, first, jnp.float32(0))
             self.fill_range(last, T, jnp.float32(0))
 
-        @pl.when(self.n < N_seq)
+        @when(self.n < N_seq)
         def _():
             begin = bound(self.n)
             end = jnp.maximum(bound(self.n + 1), begin)
 
-            @pl.when(begin < end)
+            @when(begin < end)
             def _():
                 self.sequence(begin, end)
 
@@ -171,11 +172,11 @@ class _Block:
         if refs.target is not None and refs.accepted is None:
             live = live & (target < S)
 
-        @pl.when(live)
+        @when(live)
         def _():
             self.tokens(begin, end, source, target)
 
-        @pl.when(jnp.logical_not(live))
+        @when(jnp.logical_not(live))
         def _():
             self.fill_range(begin, end, jnp.where(padding, jnp.float32(0), jnp.float32(jnp.nan)))
 
@@ -199,7 +200,7 @@ class _Block:
             good = jnp.broadcast_to(to < self.dims.S, y.shape)
             refs.y[t, h, pl.ds(rows, launch.BLOCK_SIZE_M)] = jnp.where(good, y, jnp.full_like(y, jnp.nan))
 
-            @pl.when(self.keeps(to))
+            @when(self.keeps(to))
             def _():
                 refs.state[to, h, pl.ds(rows, launch.BLOCK_SIZE_M)] = self.rounded(s, to, h, rows)
 

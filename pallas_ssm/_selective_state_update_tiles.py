@@ -10,6 +10,7 @@ import jax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from ._branches import when
 from ._selective_state_update_launch import Launch
 
 
@@ -32,7 +33,7 @@ class _Tiles:
         if self._keep is None:
             action()
         else:
-            pl.when(self._keep)(action)
+            when(self._keep)(action)
 
 
 class StagedTiles(_Tiles):

@@ -18,6 +18,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from ssm_configs import Device
 
+from .._branches import when
 from .._selective_state_update_launch import Unsupported
 from ..ssd._tiles import ACC, ACROSS, COLUMNS, LAYOUT, ROWS, across, down, indices, load, locate, store_rows
 from ._call import Floats, Static
@@ -100,7 +101,7 @@ def run(static: Static, launch: Launch, floats: Floats, cu_seqlens: jax.Array | 
                 source = ref["h"].at[b, slot, head, *at]
                 plgpu.copy_gmem_to_smem(source, h_s.at[stage * pieces + piece], arrived.at[stage])
 
-        @pl.when(where.length > 0)
+        @when(where.length > 0)
         def _():
             for name, target in (("q", q_s), ("k", k_s)):
                 for piece in range(pieces):
@@ -205,7 +206,7 @@ def _tile(pieces: int, dtype: Any) -> Any:
 def _clear_rows(tile: Any, length: jax.Array) -> None:
     """Rows at or past `length` become zero: they are other sequences' tokens, and may be NaN."""
 
-    @pl.when(length < ROWS)
+    @when(length < ROWS)
     def _():
         rows = load(tile, layout=LAYOUT)
         tile[...] = jnp.where(indices(0) < length, rows, jnp.zeros_like(rows))
@@ -226,9 +227,9 @@ def _store(rows: jax.Array, views: Any, piece: int, o: Any, where: Any, packed: 
     if not packed:
         whole()
         return
-    pl.when(where.length >= ROWS)(whole)
+    when(where.length >= ROWS)(whole)
 
-    @pl.when(where.length < ROWS)
+    @when(where.length < ROWS)
     def _():
         plain[...] = rows
         plgpu.commit_smem()
@@ -244,7 +245,7 @@ def _zero_padding(
     first = jnp.maximum(slot * ROWS, end)
     count = jnp.minimum(dims.T, (slot + 1) * ROWS) - first
 
-    @pl.when(count > 0)
+    @when(count > 0)
     def _():
         rows[...] = plgpu.layout_cast(jnp.zeros((ROWS, COLUMNS), rows.dtype), LAYOUT)
         plgpu.commit_smem()

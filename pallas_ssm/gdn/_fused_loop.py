@@ -21,6 +21,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from .._branches import choose_role, either, when
 from ..ssd._fused_tiles import operand, rem
 from ..ssd._tiles import ACC, ACROSS, COLUMNS, LAYOUT, ROWS, across, indices, load, store_rows, tiles
 from ._fused_shape import CHUNK, GROWN, LEFT, Shape
@@ -90,12 +91,14 @@ class _Loop:
 
     def run(self) -> None:
         warpgroup = lax.axis_index("warpgroup")
-        real: Any = True
+
+        def work() -> None:
+            choose_role(warpgroup, [(1, lambda _: self.carry()), (1, lambda _: self.feed())])
+
         if self.dims.packed:
-            real = self.n < self.dims.N_seq
-            pl.when(jnp.logical_not(real) & (warpgroup == 0))(self.blank)
-        for i, role in enumerate((self.carry, self.feed)):
-            pl.when(real & (warpgroup == i))(role)
+            either(self.n < self.dims.N_seq, work, lambda: when(warpgroup == 0)(self.blank))
+        else:
+            work()
 
     def left(self, c: Any) -> jax.Array:
         """Tokens from chunk c on."""
@@ -167,8 +170,7 @@ class _Loop:
         if not self.dims.packed:
             whole()
             return
-        pl.when(left >= CHUNK)(whole)
-        pl.when(left < CHUNK)(lambda: store_rows(refs.o_s[2].at[at], rows, first, left))
+        either(left >= CHUNK, whole, lambda: store_rows(refs.o_s[2].at[at], rows, first, left))
 
     # The state.
 
@@ -233,6 +235,4 @@ class _Loop:
         if not self.dims.packed:
             put(1)
             return
-        short = self.left(c) < CHUNK
-        pl.when(jnp.logical_not(short))(lambda: put(1))
-        pl.when(short)(lambda: put(2))
+        either(self.left(c) >= CHUNK, lambda: put(1), lambda: put(2))

@@ -16,6 +16,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from .._branches import when
 from .._numerics import exp
 from ..ssd._fused_tiles import operand, rem
 from ..ssd._tiles import ACC, ACROSS, COLUMNS, DOWN, LAYOUT, ROWS, across, down, indices, load, locate, tiles
@@ -83,7 +84,7 @@ class _Prepare:
         self.where = locate(dims, given.get("cu_seqlens"), self.b, self.slot)
 
     def run(self) -> None:
-        pl.when(self.where.length > 0)(self.prepare)
+        when(self.where.length > 0)(self.prepare)
 
     def prepare(self) -> None:
         own, shape = self.own, self.shape
@@ -98,7 +99,7 @@ class _Prepare:
         self.tidy(own.q_s[1])
         self.tidy(own.k_s[1])
         plgpu.commit_smem()
-        pl.when(rem(self.first, self.dims.H_v // self.dims.H_k) == 0)(self.keep)
+        when(rem(self.first, self.dims.H_v // self.dims.H_k) == 0)(self.keep)
         vectors = list(zip(betas, gates, strict=True))
         self.triangles(vectors)
         plgpu.commit_smem()
@@ -110,7 +111,7 @@ class _Prepare:
             # What has left makes room: q for rows of k, P for the terms of the merge, and the head before for the next.
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             plgpu.commit_smem()
-            pl.when(r > 0)(lambda: self.fetch(self.given.v, self.first + r, own.v_s, own.v_ready))
+            when(r > 0)(lambda: self.fetch(self.given.v, self.first + r, own.v_s, own.v_ready))
             self.multiply(r, inverse.merge(X, A, own.P_s[1], shape.dtype), beta, G)
 
         self.for_heads(finish, vectors)
@@ -186,7 +187,7 @@ class _Prepare:
             difference = jnp.where(i >= j, down(G, ROWS) - across(load(own.g_s.at[r], layout=ACROSS), ROWS), 0.0)
             decay = exp(difference)
 
-            @pl.when(r > 0)
+            @when(r > 0)
             def _():
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                 plgpu.commit_smem()

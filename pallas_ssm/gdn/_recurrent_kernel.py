@@ -21,6 +21,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from .._branches import when
 from .._numerics import exp, softplus
 from .._selective_state_update_kernel import _Block as StateBlock
 from .._selective_state_update_tiles import DirectTiles, StagedTiles
@@ -136,7 +137,7 @@ class _Block(StateBlock):
             good = jnp.broadcast_to(to < self.dims.S, o.shape)
             refs.o[t, self.h, self.within(at)] = jnp.where(good, o, jnp.full_like(o, jnp.nan))
 
-            @pl.when(self.keeps(to))
+            @when(self.keeps(to))
             def _():
                 refs.state[to, self.h, :, self.within(at)] = s.astype(refs.state.dtype)
 

@@ -8,6 +8,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from .._branches import when
 from ._call import Static
 from ._tiles import ACC, COLUMNS, ROWS, fetch, indices, locate, tile
 
@@ -35,7 +36,7 @@ def run(static: Static, C: jax.Array, B: jax.Array, cu_seqlens: jax.Array | None
         b = block // (across * dims.G * dims.NC)
         where = locate(dims, bounds, b, slot)
 
-        @pl.when(where.length > 0)
+        @when(where.length > 0)
         def _():
             # Rows past the last token of all are zeros to TMA.
             fetch(C.at[b, pl.ds(where.begin + i * ROWS, ROWS), g], rows_s, barriers.at[0])

@@ -11,6 +11,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from .._branches import when
 from .._numerics import softplus
 from ._call import Static
 from ._tiles import ACROSS, DOWN, ROWS, across, indices, load, locate
@@ -62,7 +63,7 @@ def run(
             out_sum[b, h, slot, rows] = sums
             return total + jnp.sum(value * rate)
 
-        @pl.when(where.length > 0)
+        @when(where.length > 0)
         def _():
             lax.fori_loop(0, dims.L // ROWS, some, jnp.float32(0))
 

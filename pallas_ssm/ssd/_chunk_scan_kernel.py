@@ -8,6 +8,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from .._branches import when
 from .._numerics import exp, silu
 from ._call import Static
 from ._tiles import (
@@ -65,7 +66,7 @@ def run(
         where = locate(dims, ref.get("cu_seqlens"), b, slot)
         first, here = where.begin + i * ROWS, where.length - i * ROWS
 
-        @pl.when(here > 0)
+        @when(here > 0)
         def _():
             fetch(ref["C"].at[b, pl.ds(first, ROWS), g], C_s, wide.at[0])
             fetch(ref["states"].at[b, slot, h, channels], S_s, wide.at[1])
@@ -140,11 +141,11 @@ def run(
 def _store(rows: Any, y: Any, first: jax.Array, count: jax.Array) -> None:
     """The first `count` rows, for those after them belong to another sequence."""
 
-    @pl.when(count == ROWS)
+    @when(count == ROWS)
     def _():
         plgpu.copy_smem_to_gmem(rows, y.at[pl.ds(first, ROWS)])
 
-    pl.when(count < ROWS)(lambda: store_rows(rows, y, first, count))
+    when(count < ROWS)(lambda: store_rows(rows, y, first, count))
     plgpu.wait_smem_to_gmem(0)
 
 
@@ -154,7 +155,7 @@ def _zero_padding(dims: Any, cu_seqlens: Any, rows: Any, y: Any, slot: jax.Array
     first = jnp.maximum(slot * dims.L + i * ROWS, end)
     count = jnp.minimum(dims.T, slot * dims.L + (i + 1) * ROWS) - first
 
-    @pl.when(count > 0)
+    @when(count > 0)
     def _():
         rows[...] = plgpu.layout_cast(jnp.zeros((ROWS, ROWS), rows.dtype), LAYOUT)
         plgpu.commit_smem()

@@ -8,6 +8,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from .._branches import when
 from .._numerics import exp
 from ._call import Static
 from ._tiles import ACC, COLUMNS, DOWN, LAYOUT, ROWS, clear_rows, down, fetch, indices, load, locate, tile
@@ -41,7 +42,7 @@ def run(
         slot, b = block // (parts * dims.H) % dims.NC, block // (parts * dims.H * dims.NC)
         where = locate(dims, bounds, b, slot)
 
-        @pl.when(where.length > 0)
+        @when(where.length > 0)
         def _():
             total = dA_cumsum[b, h, slot, dims.L - 1]
 

@@ -20,6 +20,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from .._branches import choose_role, either, when
 from .._numerics import LOG2E, softplus
 from ._combined_call import Static
 from ._fused_pieces import CHUNK, Cut, Piece, locate, share
@@ -95,23 +96,21 @@ class Block:
         """Whether rows behind the last token may be other sequences'. (TMA zero-fills behind the arrays' own end.)"""
         return self.dims.packed or (self.static.chunk_aligned and self.dims.T % CHUNK != 0)
 
-    def share_out(
-        self, here: Any, roles: list[tuple[int, int, Callable[[Any], None]]], launched: int | None = None
-    ) -> None:
+    def share_out(self, roles: list[tuple[int, int, Callable[[Any], None]]], launched: int | None = None) -> None:
         """Runs roles: (warpgroups, registers of a thread, what is run given which of these warpgroups it is).
 
-        `here`: whether there is anything to do. `launched`: registers that a thread begins with, if not its part of all.
+        `launched`: registers that a thread begins with, if not its part of all.
         """
-        warpgroup, first = lax.axis_index("warpgroup"), 0
         launched = launched or 65536 // (128 * sum(count for count, _, _ in roles)) // 8 * 8
-        for count, size, role in roles:
 
-            @pl.when(here & (warpgroup >= first) & (warpgroup < first + count))
-            def _(count: int = count, size: int = size, role: Any = role, first: int = first) -> None:
+        def sized(size: int, role: Callable[[Any], None]) -> Callable[[Any], None]:
+            def run(i: Any) -> None:
                 plgpu.set_max_registers(size, action="increase" if size >= launched else "decrease")
-                role(warpgroup - first if count > 1 else 0)
+                role(i)
 
-            first += count
+            return run
+
+        choose_role(lax.axis_index("warpgroup"), [(count, sized(size, role)) for count, size, role in roles])
 
     # The feeding warpgroup.
 
@@ -131,24 +130,24 @@ class Block:
             return jnp.sum(jnp.where(before, da, 0.0) if ones is None else da * ones, axis=1)
 
         for group in range(2):
-            pl.when(group * dt_chunks < count)(lambda group=group: self.fetch_dt(jnp.int32(group)))
+            when(group * dt_chunks < count)(lambda group=group: self.fetch_dt(jnp.int32(group)))
         for c in range(shape.stages):
-            pl.when(c < count)(lambda c=c: self.fetch(jnp.int32(c)))
+            when(c < count)(lambda c=c: self.fetch(jnp.int32(c)))
 
         def step(c: jax.Array, _: None) -> None:
             d, da_s = self.steps(c, biases), refs.da_s.at[rem(c, 2)]
             for i, rate in enumerate(rates):
                 da_s.at[i][...] = d[i] * rate
             again = c >= shape.stages
-            pl.when(again)(lambda: plgpu.barrier_wait(refs.empty.at[rem(c, shape.stages)]))
+            when(again)(lambda: plgpu.barrier_wait(refs.empty.at[rem(c, shape.stages)]))
             # One fence for all: what the warpgroup has written, what has been read where TMA will write, y.
             plgpu.commit_smem()
             if stores:
-                pl.when(again)(lambda: self.store(c - shape.stages))
-            pl.when(again)(lambda: self.fetch(c))
+                when(again)(lambda: self.store(c - shape.stages))
+            when(again)(lambda: self.fetch(c))
             group = lax.div(c, jnp.int32(dt_chunks)) + 1
             more = (c > 0) & (rem(c, dt_chunks) == 0) & (group * dt_chunks < count)
-            pl.when(more)(lambda: self.fetch_dt(group))
+            when(more)(lambda: self.fetch_dt(group))
             for i in range(shape.heads):
                 da = load(da_s.at[i], layout=ACROSS)
                 self.vectors(refs.v_s.at[rem(c, shape.stages), i], d[i], summed(da), jnp.sum(da))
@@ -176,7 +175,7 @@ class Block:
         """A chunk's steps, 0 where there is no token."""
         refs = self.refs
         slot, at = rem(lax.div(c, jnp.int32(self.shape.dt_chunks)), 2), rem(c, self.shape.dt_chunks)
-        pl.when(at == 0)(lambda: plgpu.barrier_wait(refs.dt_full.at[slot]))
+        when(at == 0)(lambda: plgpu.barrier_wait(refs.dt_full.at[slot]))
         dt = load(refs.dt_s.at[slot, pl.ds(at * CHUNK, CHUNK)], layout=LAYOUT).astype(jnp.float32)
         token = plgpu.broadcasted_iota(jnp.int32, (CHUNK,), 0, layout=DOWN)
         steps = [self.limited(h, dt, bias) for h, bias in zip(self.heads, biases, strict=True)]
@@ -225,7 +224,7 @@ class Block:
 
         # The buffers before these may be written again when they have been read.
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        pl.when((c > 0) & (c + 1 < self.count))(lambda: plgpu.barrier_arrive(refs.y_free.at[rem(c + 1, 2)]))
+        when((c > 0) & (c + 1 < self.count))(lambda: plgpu.barrier_arrive(refs.y_free.at[rem(c + 1, 2)]))
 
         def each(put: Callable[[int, Any], None]) -> None:
             for i, h in enumerate(self.heads):
@@ -237,8 +236,7 @@ class Block:
         if not self.dims.packed:
             whole()
             return
-        pl.when(left >= CHUNK)(whole)
-        pl.when(left < CHUNK)(lambda: self.store_short(buffer, first, left))
+        either(left >= CHUNK, whole, lambda: self.store_short(buffer, first, left))
 
     def store_short(self, buffer: jax.Array, first: jax.Array, left: jax.Array) -> None:
         """y of a packed sequence's last chunk, behind which are the next one's rows."""

@@ -9,6 +9,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from .._branches import either, when
 from .._numerics import silu
 from ._fused_block import GROWN, WEIGHT, Block
 from ._fused_pieces import CHUNK
@@ -32,7 +33,7 @@ class Carry:
         S = lax.fori_loop(jnp.int32(0), self.block.count, partial(self.step, self.skip()), self.before())
         refs, piece = self.refs, self.piece
         if refs.final is not None:
-            pl.when(piece.last)(lambda: self.put(refs.final.at[piece.n], S))
+            when(piece.last)(lambda: self.put(refs.final.at[piece.n], S))
 
     def tile(self, states: Any, k: int) -> Any:
         return states.at[self.h, self.block.channels, pl.ds(k * COLUMNS, COLUMNS)]
@@ -123,11 +124,11 @@ class Carry:
     def emit(self, c: jax.Array, y: jax.Array) -> None:
         """y^T of a chunk to shared memory, from where the feeding warpgroup sends it off."""
         refs, i, slot, buffer = self.refs, self.i, rem(c, self.shape.stages), rem(c, BUFFERS)
-        pl.when(c + BUFFERS < self.block.count)(lambda: plgpu.barrier_arrive(refs.free.at[buffer]))
+        when(c + BUFFERS < self.block.count)(lambda: plgpu.barrier_arrive(refs.free.at[buffer]))
         if refs.z_s is not None:
             y = y * silu(load(refs.z_s[1].at[slot, i].transpose((1, 0)), layout=LAYOUT).astype(jnp.float32))
         y = y.astype(refs.y_s[1].dtype)
-        pl.when(c >= BUFFERS)(lambda: plgpu.barrier_wait(refs.y_free.at[buffer]))
+        when(c >= BUFFERS)(lambda: plgpu.barrier_wait(refs.y_free.at[buffer]))
 
         def put(view: int) -> None:
             refs.y_s[view].at[buffer, i].transpose((1, 0))[...] = y
@@ -135,9 +136,7 @@ class Carry:
         if not self.shape.static.dims.packed:
             put(1)
             return
-        short = self.block.left(c) < CHUNK
-        pl.when(jnp.logical_not(short))(lambda: put(1))
-        pl.when(short)(lambda: put(2))
+        either(self.block.left(c) >= CHUNK, lambda: put(1), lambda: put(2))
 
     def keep(self, c: jax.Array, S: tuple[jax.Array, ...]) -> None:
         """The state, where a chunk of the caller's ends."""
@@ -145,4 +144,4 @@ class Carry:
         chunk = piece.k * (self.shape.cut.tokens // CHUNK) + c
         ends = (rem(chunk + 1, each) == 0) | (piece.last & (c == self.block.count - 1))
         slot = piece.base + lax.div(chunk, jnp.int32(each))
-        pl.when(ends)(lambda: self.put(self.refs.intermediate.at[piece.b, slot], S))
+        when(ends)(lambda: self.put(self.refs.intermediate.at[piece.b, slot], S))

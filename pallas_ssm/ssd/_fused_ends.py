@@ -16,6 +16,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from .._branches import when
 from ._fused_block import DT_HEADS, GROWN, WEIGHT, A, Block, Shape
 from ._fused_pieces import CHUNK
 from ._fused_tiles import rem
@@ -61,7 +62,9 @@ def run(shape: Shape, arrays: dict[str, jax.Array]) -> tuple[jax.Array, jax.Arra
         num_threads=shape.heads + 1,
         thread_name="warpgroup",
         kernel_name="mamba_chunk_scan_combined_ends",
-        compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True, approx_math=True),
+        compiler_params=plgpu.CompilerParams(
+            unsafe_no_auto_barriers=True, approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane
+        ),
     )(*arrays.values())
     return ends, totals
 
@@ -74,7 +77,8 @@ class _Ends(Block):
         heads = self.shape.heads
         # Two warpgroups could have 256 each; they are launched with the most that one asks for as an increase.
         launched = 128 if heads == 1 else None
-        self.share_out(here, [(heads, _CARRY, self.carry), (1, _FEED, lambda _: self.feed())], launched)
+        roles = [(heads, _CARRY, self.carry), (1, _FEED, lambda _: self.feed())]
+        when(here)(lambda: self.share_out(roles, launched))
 
     def carry(self, i: Any) -> None:
         zero = plgpu.layout_cast(jnp.zeros((ROWS, COLUMNS), jnp.float32), LAYOUT)
@@ -83,7 +87,7 @@ class _Ends(Block):
         slot, h = self.piece.slot, self.heads[0] + i
         for k, part in enumerate(S):
             self.refs.ends.at[slot, h, self.channels, pl.ds(k * COLUMNS, COLUMNS)][...] = part
-        pl.when(self.part == 0)(lambda: self.refs.totals.__setitem__((slot, h), total))
+        when(self.part == 0)(lambda: self.refs.totals.__setitem__((slot, h), total))
 
     def step(self, i: Any, c: jax.Array, carried: tuple[tuple[jax.Array, ...], jax.Array]) -> Any:
         S, total = carried

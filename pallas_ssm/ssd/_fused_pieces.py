@@ -114,7 +114,7 @@ def locate(static: Static, cut: Cut, cu_seqlens: Any, b: jax.Array, slot: jax.Ar
         found = jnp.int32(0)
         for there in (n + i * step for i in range(1, 8) if i * step <= dims.N_seq):
             inside = (there <= dims.N_seq) & (first_slot(jnp.minimum(there, dims.N_seq)) <= slot)
-            found = found + inside.astype(jnp.int32)
+            found = found + jnp.where(inside, 1, 0)
         n = n + found * step
     first = bound(n)
     end = jnp.where(n == dims.N_seq, dims.T, bound(jnp.minimum(n + 1, dims.N_seq)))

@@ -20,6 +20,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from .._branches import either, when
 from ._fused_block import DT_HEADS, A, B, Block, Shape
 from ._fused_carry import BUFFERS, Carry
 from ._fused_pieces import CHUNK
@@ -30,7 +31,7 @@ from ._tiles import ACC, ACROSS, COLUMNS, DOWN, LAYOUT, ROWS, across, down, indi
 def run(shape: Shape, arrays: dict[str, jax.Array], outputs: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
     """`arrays`: of Floats and Integers, and `ends` and `totals` where a sequence may have several pieces."""
     dtype = jnp.dtype(shape.static.dtype)
-    stages, heads, widths, packed = shape.stages, shape.heads, shape.widths, shape.static.dims.packed
+    stages, heads, widths = shape.stages, shape.heads, shape.widths
     scratch = {
         "x_s": tiles(stages, heads, dtype=dtype),
         "B_s": tiles(stages, widths, dtype=dtype),
@@ -67,8 +68,8 @@ def run(shape: Shape, arrays: dict[str, jax.Array], outputs: dict[str, jax.Shape
             # A thread reads only what it has written itself or what a barrier has announced.
             unsafe_no_auto_barriers=True,
             approx_math=True,
-            # To infer layouts takes longer than all else of a lowering. Packed, ptxas would spill without.
-            lowering_semantics=plgpu.LoweringSemantics.Warpgroup if packed else plgpu.LoweringSemantics.Lane,
+            # Every array has the layout that it is loaded in: to infer them takes as long as all else.
+            lowering_semantics=plgpu.LoweringSemantics.Lane,
         ),
     )(*arrays.values())
     return dict(zip(outputs, results, strict=True))
@@ -83,21 +84,19 @@ def registers(shape: Shape) -> tuple[int, int, int]:
 
 class _Scan(Block):
     def run(self) -> None:
-        here = self.piece.length >= 0
-        if self.dims.packed:
-            real = self.piece.n < self.dims.N_seq
-            pl.when(here & jnp.logical_not(real) & (lax.axis_index("warpgroup") == 0))(self.blank)
-            here = here & real
+        here, warpgroup = self.piece.length >= 0, lax.axis_index("warpgroup")
         carry, score, feed = registers(self.shape)
         roles = [(1, score, lambda _, turn=turn: self.score(turn)) for turn in range(self.shape.scores)]
-        self.share_out(
-            here,
-            [
-                (self.shape.heads, carry, lambda i: Carry(self, i).run()),
-                *roles,
-                (1, feed, lambda _: self.feed(triangle=self.shape.heads == 1)),
-            ],
-        )
+        roles = [
+            (self.shape.heads, carry, lambda i: Carry(self, i).run()),
+            *roles,
+            (1, feed, lambda _: self.feed(triangle=self.shape.heads == 1)),
+        ]
+        if not self.dims.packed:
+            when(here)(lambda: self.share_out(roles))
+            return
+        real = self.piece.n < self.dims.N_seq
+        either(here & real, lambda: self.share_out(roles), lambda: when(here & (warpgroup == 0))(self.blank))
 
     def blank(self) -> None:
         """Rows of y that are no sequence's become zero."""
@@ -125,7 +124,7 @@ class _Scan(Block):
             slot, buffer = rem(c, shape.stages), rem(c, BUFFERS)
             plgpu.barrier_wait(refs.full.at[slot])
             if self.may_end_short:
-                pl.when(self.left(c) < CHUNK)(lambda: self.clear(c))
+                when(self.left(c) < CHUNK)(lambda: self.clear(c))
 
             def product(CB: Any) -> jax.Array:
                 for k in range(shape.widths):
@@ -134,7 +133,7 @@ class _Scan(Block):
 
             CB = pl.run_scoped(product, ACC((ROWS, COLUMNS), jnp.float32))
             M = [self.decayed(CB, reach, refs.v_s.at[slot, head]) for head in range(shape.heads)]
-            pl.when(c >= BUFFERS)(lambda: plgpu.barrier_wait(refs.free.at[buffer]))
+            when(c >= BUFFERS)(lambda: plgpu.barrier_wait(refs.free.at[buffer]))
             for head in range(shape.heads):
                 refs.m_s.at[buffer, head][...] = M[head]
             plgpu.commit_smem()

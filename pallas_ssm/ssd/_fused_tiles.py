@@ -8,6 +8,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from .._branches import when
 from .._copies import copy_rows
 from ._tiles import COLUMNS, LAYOUT, ROWS, TILED, load
 
@@ -40,7 +41,7 @@ def store_rows_clipped(tile: Any, y: Any, part: jax.Array, first: jax.Array, cou
             copy(row, rows, 0, COLUMNS)
             return
         copy(row, 1, 0, rest)
-        pl.when(part < whole)(lambda: copy(row, 1, rest, COLUMNS - rest))
+        when(part < whole)(lambda: copy(row, 1, rest, COLUMNS - rest))
 
     copy_rows(clipped, count)
 

@@ -12,6 +12,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from ssm_configs.contracts.ssd import Dims
 
+from .._branches import when
 from .._copies import copy_rows
 
 # Rows of a tile: what one warpgroup multiplies at a time.
@@ -109,7 +110,7 @@ def locate(dims: Dims, cu_seqlens: Any, b: jax.Array, slot: jax.Array) -> Where:
 def clear_rows(ref: Any, length: jax.Array) -> None:
     """Rows of a tile (as wgmma sees it) at or past `length` become zero: they are other sequences' tokens, and may be NaN."""
 
-    @pl.when(length < ROWS)
+    @when(length < ROWS)
     def _():
         for k in range(ref.shape[0]):
             rows = load(ref.at[k], layout=LAYOUT)
