@@ -20,7 +20,7 @@ from ssm_configs import override
 from ssm_configs.contracts.gdn import Dims
 from triton_ssm._plans import Launcher
 from triton_ssm.gdn import _loop, _prepare
-from triton_ssm.gdn._loop_kernel import gdn_loop_kernel
+from triton_ssm.gdn._loop_kernel import gdn_loop_kernel_hopper
 from triton_ssm.gdn._prepare_kernel import gdn_prepare_kernel
 from triton_ssm.ssd import _fused_gluon
 
@@ -161,7 +161,7 @@ def test_what_the_fused_kernels_are_given(monkeypatch, packed, sms):
         names = [argument.arg for argument in definition(kernels[self]).args.args]
         launched[names[0]] = dict(zip(names, (*arguments, *constants), strict=True)) | {"grid": grid}
 
-    kernels = {_loop._LOOP: gdn_loop_kernel, _prepare._PREPARE: gdn_prepare_kernel}
+    kernels = {_loop._LOOP: gdn_loop_kernel_hopper, _prepare._PREPARE: gdn_prepare_kernel}
     monkeypatch.setattr(_loop, "serves", lambda dims, o: True)
     monkeypatch.setattr(_loop, "_SMS", sms)
     monkeypatch.setattr(Launcher, "_launch", record)

@@ -37,7 +37,7 @@ def source(
 ) -> Any:  # fmt: skip
     from triton.experimental.gluon import language as gl
 
-    from triton_ssm.gdn._loop_kernel import gdn_loop_kernel
+    from triton_ssm.gdn._loop_kernel import gdn_loop_kernel_hopper
 
     element = {"bf16": gl.bfloat16, "fp16": gl.float16}[dtype]
     tile = {
@@ -51,9 +51,9 @@ def source(
     pointers |= {"final_ptr": "*fp32"} if final else {}
     pointers |= {"cu_seqlens_ptr": "*i32"} if packed else {}
     constants = {"H_K": H_K, "H_V": H_V, "K": K, "V": V, "WARPGROUPS": warpgroups, "STAGES": stages}
-    built = gluon_source(gdn_loop_kernel, layouts, pointers, constants)
+    built = gluon_source(gdn_loop_kernel_hopper, layouts, pointers, constants)
     built.signature["scale"] = "fp32"
-    built.attrs.pop((gdn_loop_kernel.arg_names.index("scale"),), None)
+    built.attrs.pop((gdn_loop_kernel_hopper.arg_names.index("scale"),), None)
     return built
 
 

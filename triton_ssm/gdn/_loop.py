@@ -13,7 +13,7 @@ from .._plans import Launcher
 from ..ssd._fused_gluon import row_tiles, tiles
 from . import _prepare
 from ._loop_kernel import COLUMNS as _COLUMNS
-from ._loop_kernel import gdn_loop_kernel
+from ._loop_kernel import gdn_loop_kernel_hopper
 
 COLUMNS: int = _COLUMNS.value
 CHUNK = _prepare.CHUNK
@@ -26,7 +26,7 @@ _MIN_STAGES = 2
 _MAX_COUNT = 2**31 - 1
 # Of the largest Hopper; one program takes most of one's shared memory.
 _SMS = 132
-_LOOP = Launcher(gdn_loop_kernel)
+_LOOP = Launcher(gdn_loop_kernel_hopper)
 
 
 def serves(dims: Dims, o: torch.Tensor) -> bool:

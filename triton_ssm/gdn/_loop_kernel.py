@@ -177,7 +177,7 @@ def _blank(o_ptr, begin, end, column, o_stride: gl.constexpr, WIDTH: gl.constexp
 @gluon.jit(
     do_not_specialize=["n_tokens", "n_chunks", "n_sequences"], do_not_specialize_on_alignment=["cu_seqlens_ptr"]
 )  # fmt: skip
-def gdn_loop_kernel(
+def gdn_loop_kernel_hopper(
     o_ptr, q_desc, k_desc, w_desc, u_desc, P_desc, gates_desc, o_desc, initial_ptr, final_ptr, cu_seqlens_ptr,
     n_tokens, n_chunks, n_sequences, scale,
     H_K: gl.constexpr, H_V: gl.constexpr, K: gl.constexpr, V: gl.constexpr, WARPGROUPS: gl.constexpr, STAGES: gl.constexpr,
