@@ -18,12 +18,8 @@ from .compare import against_oracle
 from .inputs import draw
 from .operators import OPERATORS, oracle_results
 from .runners import jax_runner
-from .test_pallas_gates import compile_rows
 from .test_pallas_ssd_fused import CONFIG, H200, OP, drawn, small, static_of
-from .test_pallas_ssd_fused_gates import BASE, MAX_REGISTERS, SHARED_LIMIT
 
-# The feeding warpgroup has 64 registers: numbers of the whole block wait in memory, packed also some of the loop over chunks.
-MAX_SPILLED = 288
 TWO = {"HEADS_PER_BLOCK": 2}
 
 
@@ -100,21 +96,3 @@ def test_every_share_of_a_piece_has_a_chunk(piece: int, shares: int):
     assert 1 <= pieces.shares <= min(piece, shares)
     assert pieces.share_tokens % CHUNK == 0
     assert (pieces.shares - 1) * pieces.share_tokens < pieces.tokens <= pieces.shares * pieces.share_tokens
-
-
-ROWS = [
-    {"H": 80, "G": 1},
-    {"dtype": "float16", "H": 16, "G": 1, "CHUNKS_PER_PIECE": 16, "STATES_PER_PIECE": 2, "N": 64},
-    {"sequences": 8, "initial": True, "CHUNKS_PER_PIECE": 32, "intermediate": True, "z": True},
-    {"P": 80, "sequences": 4, "initial": True, "chunk_aligned": True, "z": True},
-]
-
-
-def test_resources():
-    first, *_ = rows = compile_rows("sm_90a", [BASE | TWO | row for row in ROWS])
-    for row in rows:
-        assert row["launched"]["HEADS_PER_BLOCK"] == 2, row
-        assert row["registers"] <= MAX_REGISTERS, row
-        assert row["spill_bytes"] <= MAX_SPILLED, row
-        assert row["shared_bytes"] <= SHARED_LIMIT, row
-    assert first["spill_bytes"] <= 32, first
