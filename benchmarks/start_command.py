@@ -3,7 +3,7 @@
 Every operator and implementation gets a fresh process and an empty folder for the caches of Triton, JAX, the CUDA driver and
 torch, then another process with the folder as the first one left it. A row of the result says how long the import took
 ("import"), or how long it was from the first call to its result with empty ("cold") or full ("warm") caches, and how many
-kernels were compiled.
+kernels were compiled. `warmup` is one more operator: the call that warms all layers of a model, of either package.
 
 Rows take the place of earlier ones of the same operator and implementation; other rows of the file stay.
 """
@@ -14,7 +14,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from parity_tests.cases import Case, select
 
-from . import environment, peers, runs
+from . import environment, peers, runs, warmup_child
 from .implementations import OWN
 from .machine import this_machine
 from .op import BenchOp
@@ -31,6 +31,7 @@ from .run_command import RESULTS
 
 # What a model calls; stages are parts of these, and measured where they are asked for.
 CALLED = tuple(name for name in OPS if name not in STAGES)
+WARMUP = "warmup"
 _TIMEOUT_S = 900
 
 
@@ -47,14 +48,14 @@ class StartRow:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_choices(parser, __doc__)
+    add_choices(parser, __doc__, (*OPS, WARMUP))
     parser.add_argument("--repeats", type=int, default=3, metavar="N", help="of each (default: 3)")
 
 
-def add_choices(parser: argparse.ArgumentParser, about: str | None) -> None:
+def add_choices(parser: argparse.ArgumentParser, about: str | None, ops: Iterable[str] = OPS) -> None:
     """What `start` and `host` have in common."""
     parser.description, parser.formatter_class = about, argparse.RawDescriptionHelpFormatter
-    parser.add_argument("ops", nargs="*", metavar="op", help=f"of {', '.join(OPS)}; default: all but stages")
+    parser.add_argument("ops", nargs="*", metavar="op", help=f"of {', '.join(ops)}; default: all but stages")
     parser.add_argument(
         "--implementations", nargs="+", metavar="NAME", help=f"only these, of {', '.join(OWN)} and peer:<name>"
     )
@@ -62,17 +63,17 @@ def add_choices(parser: argparse.ArgumentParser, about: str | None) -> None:
 
 
 def validate(arguments: argparse.Namespace) -> None:
-    check_choices(arguments)
+    check_choices(arguments, WARMUP)
     if arguments.repeats < 1:
         raise ValueError(f"--repeats: expected at least 1, got {arguments.repeats}")
 
 
-def check_choices(arguments: argparse.Namespace) -> None:
-    """And fills in what was left open."""
+def check_choices(arguments: argparse.Namespace, *besides: str) -> None:
+    """And fills in what was left open. `besides`: what is measured beside operators."""
     for op in arguments.ops:
-        if op not in OPS:
-            raise ValueError(f"op: expected some of {', '.join(OPS)}, got {op}")
-    arguments.ops = arguments.ops or list(CALLED)
+        if op not in (*OPS, *besides):
+            raise ValueError(f"op: expected some of {', '.join((*OPS, *besides))}, got {op}")
+    arguments.ops = arguments.ops or [*CALLED, *besides]
     known = known_implementations(arguments.ops)
     for name in arguments.implementations or ():
         if name not in known:
@@ -80,7 +81,8 @@ def check_choices(arguments: argparse.Namespace) -> None:
 
 
 def known_implementations(ops: Sequence[str]) -> list[str]:
-    return list(dict.fromkeys([*OWN, *(peer.implementation for op in ops for peer in OPS[op].peers)]))
+    found = (peer.implementation for op in ops if op in OPS for peer in OPS[op].peers)
+    return list(dict.fromkeys([*OWN, *found]))
 
 
 def main(arguments: argparse.Namespace) -> int:
@@ -89,14 +91,9 @@ def main(arguments: argparse.Namespace) -> int:
     rows, failures, versions, earlier = [], [], environment.versions(), runs.read(path, device)
     todo = []
     for op in arguments.ops:
-        present, missing = peers.find(OPS[op].peers)
-        for peer, reason in missing.items():
-            print(f"{op}: {peer.implementation} is missing: {reason}")
-        takes = [peer.implementation for peer in present if peer.takes(case_of(OPS[op]))]
-        every = (*OPS[op].own, *takes)
+        every = warmup_child.PACKAGES if op == WARMUP else _implementations(op, versions)
         names = [name for name in every if name in (arguments.implementations or every)]
         todo += [(op, name) for name in names for _ in range(arguments.repeats)]
-        versions |= {peer.name: peer.version() for peer in present}
     try:
         for op, name in tqdm(todo, unit="start", disable=None):
             try:
@@ -113,6 +110,15 @@ def main(arguments: argparse.Namespace) -> int:
     return 1 if failures else 0
 
 
+def _implementations(op: str, versions: dict[str, str]) -> list[str]:
+    """Those that can be measured here; the peers' versions."""
+    present, missing = peers.find(OPS[op].peers)
+    for peer, reason in missing.items():
+        print(f"{op}: {peer.implementation} is missing: {reason}")
+    versions |= {peer.name: peer.version() for peer in present}
+    return [*OPS[op].own, *(peer.implementation for peer in present if peer.takes(case_of(OPS[op])))]
+
+
 def case_of(op: BenchOp) -> Case:
     """A model's shape; where the registry has none, the smallest of the op's first sweep."""
     if cases := select(op=op.operator, tags=("standard",)):
@@ -123,7 +129,7 @@ def case_of(op: BenchOp) -> Case:
 
 def start(op: str, implementation: str) -> Iterator[StartRow]:
     """The rows of one start with empty caches and of one with full ones."""
-    case = case_of(OPS[op]).name
+    case = warmup_child.CASE if op == WARMUP else case_of(OPS[op]).name
     with tempfile.TemporaryDirectory(prefix="start-") as folder:
         for phase in ("cold", "warm"):
             found = _child(op, implementation, folder)
@@ -147,7 +153,8 @@ def caches(folder: str) -> dict[str, str]:
 
 
 def _child(op: str, implementation: str, folder: str) -> Mapping[str, float]:
-    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.start_child", op, implementation]
+    module = "warmup_child" if op == WARMUP else "start_child"
+    command = [sys.executable, "-W", "ignore", "-m", f"benchmarks.{module}", op, implementation]
     variables = os.environ | caches(folder) | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     try:
         done = subprocess.run(
