@@ -5,10 +5,24 @@ a GPU, because a process can only do one of the two.
 """
 
 import faulthandler
+import gc
 
 import pytest
 
 from . import runners
+
+
+def _cheap_compiles() -> None:
+    """Code for the CPU runs once and on little: optimising it takes longer than it saves, and so do XLA's newer emitters, which
+    cost half the time of an interpreted kernel. For this process alone: what others compile for GPUs must be what users get.
+    """
+    import jax
+    from jaxlib import xla_client
+
+    jax.config.update("jax_disable_most_optimizations", True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XLA_FLAGS", "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters", prepend=" ")
+        xla_client.CompileOptions()  # reads them, once and for all
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -16,15 +30,17 @@ def pytest_configure(config: pytest.Config) -> None:
     on_gpu = "gpu" in expression.split() and "not gpu" not in expression
     runners.prepare(interpret=not on_gpu)
     if not on_gpu:
-        import jax
-
         from . import interpret_triton  # noqa: F401
 
-        # Code for the CPU runs once and on little: optimising it takes longer than it saves. As a setting of this process, for
-        # what other processes compile for GPUs must be what users get.
-        jax.config.update("jax_disable_most_optimizations", True)
+        _cheap_compiles()
     # A deadlock in an interpreter ignores signals; the traceback says at least where.
     faulthandler.enable()
+
+
+def pytest_collection_finish() -> None:
+    # What the modules hold stays, and need not be looked through again and again.
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

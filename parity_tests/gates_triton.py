@@ -1,15 +1,16 @@
 """Compiles Triton kernels ahead of time, for any architecture and without a GPU, and reports what they use.
 
-    python -m parity_tests.gates_triton --arch sm_90 --rows '[{"op": "causal_conv1d", "W": 4, "dtype": "bfloat16", …}]'
+    python -m parity_tests.gates_triton < rows.json
 
-prints a JSON list, one object a row: registers, local memory (spills and stack), shared memory. A process of its own
-because the interpreter, once chosen, replaces the compiler in the whole process.
+A row: {"arch": "sm_90", "op": "causal_conv1d", "W": 4, "dtype": "bfloat16", …}. This prints a JSON list, one object a row:
+registers, local memory (spills and stack), shared memory. A process of its own because the interpreter, once chosen,
+replaces the compiler in the whole process; and one for all architectures, because it takes seconds to start.
 """
 
-import argparse
 import json
 import re
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -135,21 +136,12 @@ def resources(compiled) -> dict[str, int]:
     return {"registers": int(found[1]), "local": int(found[2]) + int(found[3]), "shared": shared}
 
 
-def compile_row(arch: str, row: dict) -> dict:
+def compile_row(row: dict) -> dict:
     arguments = dict(row)
-    op, num_warps = arguments.pop("op"), arguments.pop("num_warps")
+    arch, op, num_warps = arguments.pop("arch"), arguments.pop("op"), arguments.pop("num_warps")
     compiled = triton.compile(SOURCES[op](**arguments), target=TARGETS[arch], options={"num_warps": num_warps})
-    return {**row, "arch": arch, **resources(compiled)}
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Ahead-of-time compile of Triton kernels, without a GPU.")
-    parser.add_argument("--arch", required=True, choices=TARGETS)
-    parser.add_argument("--rows", required=True, help="a JSON list of rows; - for standard input")
-    arguments = parser.parse_args()
-    rows = json.load(open(0)) if arguments.rows == "-" else json.loads(arguments.rows)
-    print(json.dumps([compile_row(arguments.arch, row) for row in rows]))
+    return {**row, **resources(compiled)}
 
 
 if __name__ == "__main__":
-    main()
+    print(json.dumps([compile_row(row) for row in json.load(sys.stdin)]))

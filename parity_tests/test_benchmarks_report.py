@@ -66,14 +66,16 @@ class Reader(HTMLParser):
 
 @pytest.fixture(scope="module")
 def committed(tmp_path_factory):
-    """(the page, the files written) of the committed results."""
-    out = tmp_path_factory.mktemp("report") / "report.html"
-    assert command.main(["report", "--device", DEVICE, "--out", str(out)]) == 0
-    return out.read_text("utf-8"), out
+    """(the page, the files written, the sections that it was made of) of the committed results."""
+    out, made, sections = tmp_path_factory.mktemp("report") / "report.html", [], page.sections
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(page, "sections", lambda results: made.append(sections(results)) or made[-1])
+        assert command.main(["report", "--device", DEVICE, "--out", str(out)]) == 0
+    return out.read_text("utf-8"), out, *made
 
 
 def test_the_page_is_self_contained_and_well_formed(committed):
-    text, _ = committed
+    text, *_ = committed
     reader = Reader(text)
     assert not reader.stack and not reader.outside
     assert not re.search(r"<script|@import|url\((?!#)", text)
@@ -84,7 +86,7 @@ def test_the_page_is_self_contained_and_well_formed(committed):
 
 
 def test_every_figure_is_described_and_drawn(committed):
-    text, out = committed
+    text, out, _ = committed
     images = Reader(text).images
     pngs = sorted(out.with_suffix("").glob("*.png"))
     assert len(images) == text.count("<svg ") == len(pngs) >= 8
@@ -95,8 +97,7 @@ def test_every_figure_is_described_and_drawn(committed):
 
 
 def test_every_figure_and_table_names_its_file_command_device_and_versions(committed):
-    text, _ = committed
-    made = page.sections(sources.load(COMMITTED / DEVICE))
+    text, _, made = committed
     blocks = [block for section in made for block in section.blocks]
     shown = [one for block in blocks for one in (block if isinstance(block, list) else [block])]
     assert len(shown) > 20
@@ -109,7 +110,7 @@ def test_every_figure_and_table_names_its_file_command_device_and_versions(commi
 
 
 def test_the_numbers_are_those_of_the_files(committed):
-    text, _ = committed
+    text, *_ = committed
     for path in (COMMITTED / DEVICE).glob("*.json"):
         if path.stem in SPECS:
             data = json.loads(path.read_text("utf-8"))
@@ -119,7 +120,7 @@ def test_the_numbers_are_those_of_the_files(committed):
 
 
 def test_what_is_missing_is_said(committed):
-    text, _ = committed
+    text, *_ = committed
     for name in ("start.json", "host.json", f"transfer.json, {OP}"):
         if not (COMMITTED / DEVICE / name.partition(",")[0]).exists():
             assert f"<li>{name}: <code>python -m benchmarks" in text

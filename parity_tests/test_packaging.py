@@ -1,17 +1,24 @@
 """The package installs, editable and as a wheel, with one framework and without the other.
 
-Each extra gets one clean environment: first an editable install of a copy of the tree, then the wheel in its place.
+Each extra gets one clean environment: first an editable install of a copy of the tree, then the wheel in its place. What the
+extra requires is not fetched again, which would take minutes, but linked there from this environment: those distributions,
+what they require, and nothing else. pip then has no index, so a requirement that is not met stops it.
 """
 
-import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
+import tomllib
 import zipfile
+from collections.abc import Iterable
+from importlib import metadata
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 pytestmark = [pytest.mark.packaging, pytest.mark.timeout(1200)]
 
@@ -70,18 +77,54 @@ ALSO = {"jax": [], "torch": ["numpy"]}
 
 
 def run(*command: str | Path, cwd: Path) -> str:
-    # PYTHONPATH would let the environments see this tree.
-    environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "JAX_PLATFORMS")}
+    # PYTHONPATH would let the environments see this tree, and pip's settings an index.
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in ("PYTHONPATH", "JAX_PLATFORMS") and not name.startswith("PIP_")
+    }
     result = subprocess.run(
         [str(part) for part in command],
         cwd=cwd,
-        env=environment | {"JAX_PLATFORMS": "cpu"},
+        env=environment | {"JAX_PLATFORMS": "cpu", "PIP_CONFIG_FILE": os.devnull, "PIP_NO_INDEX": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
     )
     assert result.returncode == 0, f"{' '.join(map(str, command))}\n{result.stdout}"
     return result.stdout
+
+
+def required(requirements: Iterable[str]) -> dict[str, metadata.Distribution]:
+    """The distributions that meet the requirements, theirs and so on, by name, as they are installed here."""
+    found: dict[str, metadata.Distribution] = {}
+    seen: set[tuple[str, str]] = set()
+
+    def add(requirement: Requirement, extra: str) -> None:
+        if requirement.marker is not None and not requirement.marker.evaluate({"extra": extra}):
+            return
+        name = canonicalize_name(requirement.name)
+        for asked in ("", *requirement.extras):
+            if (name, asked) not in seen:
+                seen.add((name, asked))
+                found[name] = metadata.distribution(name)
+                for further in found[name].requires or ():
+                    add(Requirement(further), asked)
+
+    for requirement in requirements:
+        add(Requirement(requirement), "")
+    return found
+
+
+def link(distributions: Iterable[metadata.Distribution], site_packages: Path) -> None:
+    for distribution in distributions:
+        assert distribution.files, f"{distribution.name}: has no record of its files"
+        for file in distribution.files:
+            # Not its commands; and bytecode only where it was written.
+            if ".." not in file.parts and os.path.exists(file.locate()):
+                place = site_packages / file
+                place.parent.mkdir(parents=True, exist_ok=True)
+                place.symlink_to(file.locate())
 
 
 def ignore(folder: str, names: list[str]) -> set[str]:
@@ -104,10 +147,7 @@ def tree(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def wheel(tree, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("wheel")
-    if importlib.util.find_spec("hatchling") and importlib.util.find_spec("build"):
-        run(sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", folder, cwd=tree)
-    else:
-        run(sys.executable, "-m", "pip", "wheel", "--no-deps", "--wheel-dir", folder, tree, cwd=tree)
+    run(sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", folder, cwd=tree)
     (path,) = folder.glob("*.whl")
     return path
 
@@ -127,18 +167,31 @@ def test_the_wheel_holds_the_three_packages_and_nothing_else(tree, wheel):
     assert sum(name.startswith("ssm_configs/tables/selective_state_update/") for name in names) >= 32
 
 
+@pytest.fixture(scope="module")
+def editable(tree, tmp_path_factory) -> Path:
+    """What `pip install -e` makes of the tree and installs, made by this environment's hatchling."""
+    folder = tmp_path_factory.mktemp("editable")
+    build = "import sys; from hatchling.build import build_editable; build_editable(sys.argv[1])"
+    run(sys.executable, "-c", build, folder, cwd=tree)
+    (path,) = folder.glob("*.whl")
+    return path
+
+
 @pytest.mark.parametrize("extra", CHECKS)
-def test_clean_install(extra, tree, wheel, tmp_path):
-    run(sys.executable, "-m", "venv", tmp_path / "env", cwd=tmp_path)
+def test_clean_install(extra, tree, wheel, editable, tmp_path):
+    run(sys.executable, "-m", "venv", "--without-pip", tmp_path / "env", cwd=tmp_path)
     python = tmp_path / "env" / "bin" / "python"
-    constraints = ("-c", tree / "constraints.txt")
+    extras = tomllib.loads((tree / "pyproject.toml").read_text("utf-8"))["project"]["optional-dependencies"]
+    (site_packages,) = (tmp_path / "env" / "lib").glob("python*/site-packages")
+    link(required([*extras[extra], *ALSO[extra]]).values(), site_packages)
 
-    run(python, "-m", "pip", "install", *constraints, "-e", f"{tree}[{extra}]", *ALSO[extra], cwd=tmp_path)
-    run(python, "-c", CHECKS[extra], cwd=tmp_path)
-    assert str(tree) in run(python, "-c", "import ssm_configs; print(ssm_configs.__file__)", cwd=tmp_path)
-
-    # In the same environment, which holds the extra's requirements already.
-    run(python, "-m", "pip", "install", "--force-reinstall", "--no-deps", wheel, cwd=tmp_path)
-    run(python, "-c", CHECKS[extra], cwd=tmp_path)
-    assert str(tmp_path / "env") in run(python, "-c", "import ssm_configs; print(ssm_configs.__file__)", cwd=tmp_path)
-    shutil.rmtree(tmp_path / "env")  # torch's is 5 GB
+    pip = (sys.executable, "-m", "pip", "--python", python)
+    for package, options, place in (
+        (f"{editable}[{extra}]", (), tree),
+        # In the same environment, which holds the extra's requirements already.
+        (wheel, ("--force-reinstall", "--no-deps"), tmp_path / "env"),
+    ):
+        said = run(*pip, "install", *options, package, cwd=tmp_path)
+        assert re.findall("Installing collected packages: (.*)", said) == ["twin-ssm"], said
+        here = f"assert ssm_configs.__file__.startswith({str(place)!r}), ssm_configs.__file__"
+        run(python, "-c", f"{CHECKS[extra]}\n{here}", cwd=tmp_path)

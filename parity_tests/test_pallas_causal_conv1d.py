@@ -1,4 +1,7 @@
-"""`pallas_ssm`'s convolutions against the oracle: the XLA form, and the kernels interpreted with race detection on."""
+"""`pallas_ssm`'s convolutions against the oracle: the XLA form, and the kernels interpreted with race detection on.
+
+The registry's cases are in test_twins.py.
+"""
 
 from typing import Any
 
@@ -13,20 +16,15 @@ import pallas_ssm
 from pallas_ssm._causal_conv1d_launch import PREFILL, UPDATE
 from ssm_configs import override
 
-from .cases import Case, select
+from .cases import Case
 from .compare import against_oracle
 from .inputs import DTYPES, draw
 from .interpret_mosaic import interpreted
 from .operators import OPERATORS, oracle_results
 from .runners import jax_runner
 
-CI = [*select(op=PREFILL, tags=("ci",)), *select(op=UPDATE, tags=("ci",))]
 BOTH = pytest.mark.parametrize("implementation", ["xla", "mosaic_gpu"])
 pytestmark = pytest.mark.filterwarnings("ignore::ssm_configs.TableWarning")
-
-
-def name_of(case: Case) -> str:
-    return f"{case.op}: {case}"
 
 
 def check(case: Case, implementation: str, seed: int = 0, few: bool = False) -> None:
@@ -37,16 +35,6 @@ def check(case: Case, implementation: str, seed: int = 0, few: bool = False) -> 
     for comparison in against_oracle(case, arguments, keywords, result, oracle_results(case, arguments, keywords)):
         worst = comparison.error.within(comparison.worst, comparison.worst)
         assert comparison.ok or (few and not comparison.note and worst), (comparison, case)
-
-
-@pytest.mark.parametrize("case", CI, ids=name_of)
-def test_registry_xla(case: Case):
-    check(case, "xla")
-
-
-@pytest.mark.parametrize("case", [case for case in CI if "no-mosaic" not in case.tags], ids=name_of)
-def test_registry_mosaic(case: Case):
-    check(case, "mosaic_gpu")
 
 
 @st.composite

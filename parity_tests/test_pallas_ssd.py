@@ -1,4 +1,7 @@
-"""The XLA form of `pallas_ssm`'s SSD operators: values against the oracle, and what no value may depend on."""
+"""The XLA form of `pallas_ssm`'s SSD operators: values against the oracle, and what no value may depend on.
+
+The registry's cases are in test_twins.py.
+"""
 
 from typing import Any
 
@@ -13,14 +16,13 @@ import pallas_ssm
 from pallas_ssm.ssd import _xla, _xla_stages
 from pallas_ssm.ssd._xla_chunks import packed
 
-from .cases import SSD_STAGES, Case, select
+from .cases import SSD_STAGES, Case
 from .compare import against_oracle
 from .inputs import DTYPES, draw
 from .operators import OPERATORS, oracle_results
 from .runners import jax_runner
 
 COMBINED = "mamba_chunk_scan_combined"
-CI = [case for op in (COMBINED, *SSD_STAGES) for case in select(op=op, tags=("ci",))]
 pytestmark = pytest.mark.filterwarnings("ignore::ssm_configs.TableWarning")
 
 
@@ -37,11 +39,6 @@ def check(case: Case, seed: int = 0, few: bool = False) -> None:
     for comparison in against_oracle(case, arguments, keywords, result, oracle_results(case, arguments, keywords)):
         worst = comparison.error.within(comparison.worst, comparison.worst)
         assert comparison.ok or (few and not comparison.note and worst), (comparison, case)
-
-
-@pytest.mark.parametrize("case", CI, ids=lambda case: f"{case.op}: {case}")
-def test_registry(case: Case):
-    check(case)
 
 
 @st.composite

@@ -1,4 +1,7 @@
-"""The Mosaic GPU kernels of the SSD stages, interpreted with race detection on: each alone, and all for the whole operator."""
+"""The Mosaic GPU kernels of the SSD stages, interpreted with race detection on: each alone, and all for the whole operator.
+
+The registry's cases are in test_twins.py.
+"""
 
 from typing import Any
 
@@ -10,7 +13,7 @@ import pytest
 import pallas_ssm
 from ssm_configs import override
 
-from .cases import SSD_STAGES, Case, select
+from .cases import SSD_STAGES, Case
 from .compare import against_oracle
 from .inputs import draw
 from .interpret_mosaic import interpreted
@@ -18,7 +21,6 @@ from .operators import OPERATORS, oracle_results
 from .runners import jax_runner
 
 COMBINED = "mamba_chunk_scan_combined"
-CI = [case for op in SSD_STAGES for case in select(op=op, tags=("ci",)) if "no-mosaic" not in case.tags]
 NAMES = {
     "ssd.chunk_cumsum": ("dt", "A"),
     "ssd.chunk_state": ("x", "B", "dt", "dA_cumsum"),
@@ -35,11 +37,6 @@ def check(case: Case) -> None:
     result = jax_runner(OPERATORS[case.op], None, True, implementation="mosaic_gpu")(arguments, keywords)
     for comparison in against_oracle(case, arguments, keywords, result, oracle_results(case, arguments, keywords)):
         assert comparison.ok, (comparison, case)
-
-
-@pytest.mark.parametrize("case", CI, ids=lambda case: f"{case.op}: {case}")
-def test_registry(case: Case):
-    check(case)
 
 
 @pytest.mark.parametrize("op", SSD_STAGES)

@@ -1,19 +1,30 @@
 """`python -m parity_tests` as a user meets it: exit status, report, page, candidates."""
 
+import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
+
+from . import __main__ as parity
 
 ONE_OP = ("--op", "selective_state_update")
 ONE_CASE = (*ONE_OP, "--match", "nothing optional")
 
 
-def run(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "parity_tests", "--cpu", *arguments], capture_output=True, text=True, timeout=250, cwd=cwd
-    )  # fmt: skip
+        [sys.executable, "-m", "parity_tests", "--cpu", *arguments], capture_output=True, text=True, timeout=250
+    )
+
+
+class Done(NamedTuple):
+    returncode: int
+    stdout: str
+    stderr: str
 
 
 def candidate(folder: Path, body: str) -> str:
@@ -23,11 +34,29 @@ def candidate(folder: Path, body: str) -> str:
 
 @pytest.fixture
 def path(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    import os
-
     root = Path(__file__).parents[1]
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), str(root), str(root / "configs")]))
     return tmp_path
+
+
+@pytest.fixture
+def run_here(path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Done]:
+    """The same without a process, which takes seconds to start."""
+    monkeypatch.setattr(sys, "path", [str(path), *sys.path])
+    monkeypatch.delitem(sys.modules, "mine", raising=False)
+
+    def call(*arguments: str) -> Done:
+        try:
+            code = parity.main(["--cpu", *arguments])
+        except SystemExit as stopped:
+            assert isinstance(stopped.code, int)
+            code = stopped.code
+        finally:
+            sys.modules.pop("mine", None)
+        said = capsys.readouterr()
+        return Done(code, said.out, said.err)
+
+    return call
 
 
 def test_agreement_is_exit_status_0_and_says_on_what_it_ran(path):
@@ -57,21 +86,21 @@ def test_a_good_torch_candidate_passes(path):
         ("return y", "return y * float('nan')", "triton against the oracle: y: error nan"),
     ],
 )
-def test_a_wrong_candidate_is_exit_status_1(path, right, wrong, seen):
+def test_a_wrong_candidate_is_exit_status_1(path, run_here, right, wrong, seen):
     assert right in TORCH
-    done = run(*ONE_CASE, "--candidate", candidate(path, "import torch\n" + TORCH.replace(right, wrong)))
+    done = run_here(*ONE_CASE, "--candidate", candidate(path, "import torch\n" + TORCH.replace(right, wrong)))
     assert done.returncode == 1, done.stdout + done.stderr
     assert seen in done.stdout and "1 FAIL" in done.stdout
 
 
-def test_a_jax_candidate_takes_the_pallas_twins_place(path):
+def test_a_jax_candidate_takes_the_pallas_twins_place(path, run_here):
     body = (
         TORCH.replace("torch.", "jnp.")
         .replace("state[: len(x)] = new", "state = state.at[: len(x)].set(new)")
         .replace("return y", "return y, state")
     )
     body = body.replace("repeat_interleave(2, 1)", "repeat(2, 1)")
-    done = run(*ONE_CASE, "--candidate", candidate(path, "import jax.numpy as jnp\n" + body))
+    done = run_here(*ONE_CASE, "--candidate", candidate(path, "import jax.numpy as jnp\n" + body))
     assert done.returncode == 0, done.stdout + done.stderr
     assert "(jax) stands in the place of 'mosaic_gpu'" in done.stdout
 
@@ -92,8 +121,8 @@ def test_a_jax_candidate_takes_the_pallas_twins_place(path):
         (("--op", "nonsense"), "--op: expected some of"),
     ],
 )
-def test_wrong_arguments_are_named(path, arguments, seen):
-    done = run(*ONE_OP[: 0 if "--op" in arguments else 2], *arguments)
+def test_wrong_arguments_are_named(run_here, arguments, seen):
+    done = run_here(*ONE_OP[: 0 if "--op" in arguments else 2], *arguments)
     assert done.returncode == 2 and seen in done.stderr, done.stderr
 
 

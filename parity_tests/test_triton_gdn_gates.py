@@ -1,14 +1,15 @@
 """The gated delta rule's kernels, compiled ahead of time for every architecture without a GPU, at the sizes that models have.
 
-    python -m parity_tests.test_triton_gdn_gates --arch sm_90 --rows '[{"kernel": "chunk_o", "dtype": "bfloat16", …}]'
+    python -m parity_tests.test_triton_gdn_gates < rows.json
 
-prints a JSON list, one object a row: registers, local memory, shared memory, and how many products in a loop have a left
-operand in registers, which on sm_90 a pipelined loop can overwrite too early.
+A row: {"arch": "sm_90", "kernel": "chunk_o", "dtype": "bfloat16", …}. This prints a JSON list, one object a row: registers,
+local memory, shared memory, and how many products in a loop have a left operand in registers, which on sm_90 a pipelined
+loop can overwrite too early.
 """
 
-import argparse
 import json
 import re
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -34,7 +35,7 @@ def launch_config(op: str, arch: str, dtype: str, size: int, **statics: int) -> 
 def heuristic_rows(arch: str, K: int = 128, V: int = 128, L: int = 64, dtype: str = "bfloat16") -> list[dict[str, Any]]:
     """Every kernel with the config that it gets where there is no table, for few states and for many."""
     statics = {"K": K, "V": V, "chunk_size": L}
-    common = {"dtype": dtype, **statics}
+    common = {"arch": arch, "dtype": dtype, **statics}
     tokens, cumsum = 8192 * H_V, "gdn_chunk_local_cumsum"
     rows: list[dict[str, Any]] = [
         {"kernel": "chunk_local_cumsum", **common, **launch_config(cumsum, arch, dtype, tokens, chunk_size=L)},
@@ -149,7 +150,7 @@ def register_left_operands(ttgir: str) -> tuple[int, int]:
     return products, bad
 
 
-def compile_row(arch: str, row: Mapping[str, Any]) -> dict[str, Any]:
+def compile_row(row: Mapping[str, Any]) -> dict[str, Any]:
     import triton
 
     from .gates_triton import TARGETS, _source, resources
@@ -159,39 +160,33 @@ def compile_row(arch: str, row: Mapping[str, Any]) -> dict[str, Any]:
     if "scale" in kernel.arg_names:
         built.signature["scale"] = "fp32"
         built.attrs.pop((kernel.arg_names.index("scale"),), None)
-    compiled = triton.compile(built, target=TARGETS[arch], options={"num_warps": row["num_warps"]})
+    compiled = triton.compile(built, target=TARGETS[row["arch"]], options={"num_warps": row["num_warps"]})
     products, bad = register_left_operands(compiled.asm["ttgir"])
-    return {**row, "arch": arch, "products": products, "register_left": bad, **resources(compiled)}
+    return {**row, "products": products, "register_left": bad, **resources(compiled)}
 
 
-def compile_rows(arch: str, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return rows_apart(__name__, rows, "--arch", arch, "--rows", "-")
-
-
-def check(arch: str, rows: list[dict[str, Any]], spills: int = 0) -> list[dict[str, Any]]:
+def check(results: list[dict[str, Any]], spills: int = 0) -> None:
     from .gates_triton import SHARED_LIMIT
 
-    results = compile_rows(arch, rows)
-    assert len(results) == len(rows)
     for result in results:
         assert result["local"] <= spills, f"spills: {result}"
-        assert result["shared"] <= SHARED_LIMIT[arch], f"too much shared memory: {result}"
+        assert result["shared"] <= SHARED_LIMIT[result["arch"]], f"too much shared memory: {result}"
         assert not result["register_left"], f"a left operand in registers, in a loop: {result}"
-    return results
+
+
+def compile_rows(*groups: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """The results of each group, all of one process."""
+    rows = [row for group in groups for row in group]
+    results = rows_apart(__name__, rows)
+    assert len(results) == len(rows)
+    return [[results.pop(0) for _ in group] for group in groups]
 
 
 pytestmark = pytest.mark.filterwarnings("ignore::ssm_configs.TableWarning")
 
 
-def test_models_sizes_on_an_h200():
-    results = check("sm_90", heuristic_rows("sm_90"))
-    on_tensor_cores = [result["kernel"] for result in results if result["products"]]
-    # (`chunk_scaled_dot_kkt` is fastest with fewer warps than wgmma takes.)
-    assert set(on_tensor_cores) == {"kkt_solve", "recompute_w_u", "chunk_delta_h", "chunk_o"}
-
-
-def test_forms_that_no_heuristic_asks_for():
-    statics = {"K": 128, "V": 128, "chunk_size": 64, "dtype": "bfloat16"}
+def rows_that_no_heuristic_asks_for() -> list[dict[str, Any]]:
+    statics = {"arch": "sm_90", "K": 128, "V": 128, "chunk_size": 64, "dtype": "bfloat16"}
     o = {
         "kernel": "chunk_o",
         **statics,
@@ -199,49 +194,48 @@ def test_forms_that_no_heuristic_asks_for():
     }
     h = {"kernel": "chunk_delta_h", **statics, "num_warps": 4, "BLOCK_SIZE_V": 32}
     solve = {"kernel": "solve_tril", **statics, "num_warps": 8, "use_tma": True}
-    rows = [
+    return [
         o | {"HEADS": 2, "num_stages": 2}, o | {"V_FIRST": True}, o | {"h_dtype": "float32"},
         o | {"HEADS": 4, "BLOCK_SIZE_V": 64, "num_stages": 3, "num_warps": 4},
         *(h | {"num_stages": stages} for stages in (2, 3)),
         {"kernel": "recurrent", **statics, "state_dtype": "float32", "V_FIRST": True, "BLOCK_SIZE_V": 8, "num_warps": 1},
         *(solve | {"chunk_size": L} for L in (16, 32, 64)),
     ]  # fmt: skip
-    check("sm_90", rows)
 
 
-@pytest.mark.parametrize("K, V, L", [(64, 64, 64), (256, 256, 64), (96, 192, 64), (128, 128, 16), (128, 128, 32)])
-def test_other_sizes_on_an_h200(K, V, L):
-    check("sm_90", heuristic_rows("sm_90", K, V, L))
+# K, V, L
+OTHER_SIZES = [(64, 64, 64), (256, 256, 64), (96, 192, 64), (128, 128, 16), (128, 128, 32)]
+# fp32 split into tf32 has a left operand in registers.
+BAD = {
+    "arch": "sm_90", "kernel": "chunk_o", "K": 64, "V": 64, "chunk_size": 64, "dtype": "bfloat16", "h_dtype": "float32",
+    "BLOCK_SIZE_K": 64, "BLOCK_SIZE_V": 64, "HEADS": 2, "num_warps": 4, "num_stages": 2,
+}  # fmt: skip
 
 
-def test_fp32_on_an_h200():
-    """Its products hold operands in registers: it may spill, but not by hundreds of numbers."""
-    check("sm_90", heuristic_rows("sm_90", dtype="float32"), spills=400)
-
-
-@pytest.mark.parametrize("arch", [arch for arch in DEVICES if arch != "sm_90"])
-def test_models_sizes_elsewhere(arch):
-    check(arch, heuristic_rows(arch), spills=200)
-
-
-def test_a_left_operand_in_registers_is_seen():
-    """The gate itself: fp32 split into tf32 has one."""
-    row = {"kernel": "chunk_o", "K": 64, "V": 64, "chunk_size": 64, "dtype": "bfloat16", "h_dtype": "float32",
-           "BLOCK_SIZE_K": 64, "BLOCK_SIZE_V": 64, "HEADS": 2, "num_warps": 4, "num_stages": 2}  # fmt: skip
-    (result,) = compile_rows("sm_90", [row])
-    assert result["register_left"] == 1
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description="Ahead-of-time compile of the gated delta rule's kernels, without a GPU."
+@pytest.mark.timeout(600)
+def test_on_an_h200():
+    of_models, others, fp32, bad = compile_rows(
+        heuristic_rows("sm_90"),
+        [row for sizes in OTHER_SIZES for row in heuristic_rows("sm_90", *sizes)] + rows_that_no_heuristic_asks_for(),
+        heuristic_rows("sm_90", dtype="float32"),
+        [BAD],
     )
-    parser.add_argument("--arch", required=True, choices=DEVICES)
-    parser.add_argument("--rows", required=True, help="a JSON list of rows; - for standard input")
-    arguments = parser.parse_args()
-    rows = json.load(open(0)) if arguments.rows == "-" else json.loads(arguments.rows)
-    print(json.dumps([compile_row(arguments.arch, row) for row in rows]))
+    check(of_models)
+    on_tensor_cores = [result["kernel"] for result in of_models if result["products"]]
+    # (`chunk_scaled_dot_kkt` is fastest with fewer warps than wgmma takes.)
+    assert set(on_tensor_cores) == {"kkt_solve", "recompute_w_u", "chunk_delta_h", "chunk_o"}
+    check(others)
+    # Its products hold operands in registers: it may spill, but not by hundreds of numbers.
+    check(fp32, spills=400)
+    # The gate itself.
+    assert bad[0]["register_left"] == 1
+
+
+@pytest.mark.timeout(600)
+def test_models_sizes_elsewhere():
+    (results,) = compile_rows([row for arch in DEVICES if arch != "sm_90" for row in heuristic_rows(arch)])
+    check(results, spills=200)
 
 
 if __name__ == "__main__":
-    main()
+    print(json.dumps([compile_row(row) for row in json.load(sys.stdin)]))

@@ -1,13 +1,12 @@
 """The SSD kernels compile with their written heuristics: no spills, no more shared memory than there is, no product lost.
 
-    python -m parity_tests.test_triton_ssd_compiled sm_90
+    echo '[{"arch": "sm_90"}]' | python -m parity_tests.test_triton_ssd_compiled
 
-prints a JSON list, one object a kernel. A process of its own because the interpreter, once chosen, replaces the compiler in
-the whole process.
+prints a JSON list with a list for each architecture, one object a kernel. A process of its own because the interpreter, once
+chosen, replaces the compiler in the whole process.
 """
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -16,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from .gates_apart import rows_apart
 
 DEVICES = {
     "sm_80": ("NVIDIA A100", (8, 0)), "sm_90": ("NVIDIA H200", (9, 0)), "sm_120": ("NVIDIA RTX PRO 6000", (12, 0)),
@@ -104,7 +105,7 @@ def sources(arch: str, dtype: str, P: int, N: int, L: int = 128):
     )  # fmt: skip
 
 
-def main(arch: str) -> None:
+def compiled_rows(arch: str) -> list[dict[str, Any]]:
     import triton
 
     from .gates_triton import TARGETS, _source, resources
@@ -118,24 +119,19 @@ def main(arch: str) -> None:
                 lost = lost_products(compiled) if "cubin" in compiled.asm else 0
                 name = f"{kernel.__name__} {dtype} P={P} N={N}"
                 rows.append({"kernel": name, "lost": lost, **resources(compiled)})
-    print(json.dumps(rows))
+    return rows
 
 
-@pytest.mark.parametrize("arch", DEVICES)
-def test_heuristics_compile(arch):
+@pytest.mark.timeout(600)
+def test_heuristics_compile():
     from .gates_triton import SHARED_LIMIT
 
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "-m", "parity_tests.test_triton_ssd_compiled", arch],
-        capture_output=True, text=True, env=environment,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
-    rows = json.loads(done.stdout)
-    assert len(rows) == 2 * 5 * len(SIZES.get(arch, "12"))
-    for row in rows:
-        assert row["local"] == 0 and row["lost"] == 0 and row["shared"] <= SHARED_LIMIT[arch], row
+    found: Any = rows_apart(__name__, [{"arch": arch} for arch in DEVICES])
+    for arch, rows in zip(DEVICES, found, strict=True):
+        assert len(rows) == 2 * 5 * len(SIZES.get(arch, "12"))
+        for row in rows:
+            assert row["local"] == 0 and row["lost"] == 0 and row["shared"] <= SHARED_LIMIT[arch], (arch, row)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    print(json.dumps([compiled_rows(**wanted) for wanted in json.load(sys.stdin)]))
