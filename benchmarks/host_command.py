@@ -56,7 +56,7 @@ def main(arguments: argparse.Namespace) -> int:
             measure_op(OPS[name], arguments, machine, rows, failures, versions)
     finally:  # what was measured before a crash or a time limit is worth having
         keys = ("op", "implementation", "case")
-        runs.write(path, "host", device, earlier, versions, environment.command(), rows, keys)
+        runs.write(path, "host", device, earlier, versions, environment.command(), rows, keys, arguments.note)
         print(path)
     for failure in failures:
         print(f"FAILED {failure}", file=sys.stderr)

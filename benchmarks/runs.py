@@ -1,9 +1,10 @@
 """Result files to which several runs contribute: start.json and host.json.
 
-    {"op", "device", "runs": [{"versions", "date", "command", "rows": [row, …]}, …]}
+    {"op", "device", "runs": [{"versions", "date", "command", "note", "rows": [row, …]}, …]}
 
-A run takes the place of rows with the same keys; what else earlier runs measured stays, under their own versions, date and
-command. A file may also hold one run alone, its fields beside "op" and "device".
+"note", where there is one, says under what circumstances: what else the machine did, say. A run takes the place of rows with
+the same keys; what else earlier runs measured stays, under their own versions, date and command. A file may also hold one run
+alone, its fields beside "op" and "device".
 """
 
 import datetime
@@ -17,6 +18,7 @@ from typing import Any
 from .results import rounded
 
 HEAD = ("versions", "date", "command")
+NOTE = "note"
 
 
 def read(path: Path, device: str) -> list[dict[str, Any]]:
@@ -35,7 +37,7 @@ def read(path: Path, device: str) -> list[dict[str, Any]]:
     for run in runs:
         if absent := [key for key in (*HEAD, "rows") if key not in run]:
             raise ValueError(f"{path}: expected the keys {', '.join(HEAD)}, rows, without {', '.join(absent)}")
-    return [{key: run[key] for key in (*HEAD, "rows")} for run in runs]
+    return [{key: run[key] for key in (*HEAD, NOTE, "rows") if key in run} for run in runs]
 
 
 def write(
@@ -47,6 +49,7 @@ def write(
     command: str,
     measured: Sequence[Any],
     keys: Sequence[str],
+    note: str | None = None,
 ) -> None:
     """In one step, rows a line each: `measured` ones (dataclasses), and of `earlier` runs what was not measured again."""
     if not measured:
@@ -58,10 +61,11 @@ def write(
         for run in earlier
     ]
     date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    runs.append({"versions": dict(versions), "date": date, "command": command, "rows": rows})
+    noted = {NOTE: note} if note else {}
+    runs.append({"versions": dict(versions), "date": date, "command": command, **noted, "rows": rows})
     parts = []
     for run in (run for run in runs if run["rows"]):
-        head = "".join(f"      {json.dumps(key)}: {json.dumps(run[key])},\n" for key in HEAD)
+        head = "".join(f"      {json.dumps(key)}: {json.dumps(run[key])},\n" for key in (*HEAD, NOTE) if key in run)
         body = ",\n".join(f"        {json.dumps(row, allow_nan=False)}" for row in run["rows"])
         parts.append(f'    {{\n{head}      "rows": [\n{body}\n      ]\n    }}')
     head = "".join(f"  {json.dumps(key)}: {json.dumps(value)},\n" for key, value in (("op", op), ("device", device)))

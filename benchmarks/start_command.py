@@ -60,6 +60,7 @@ def add_choices(parser: argparse.ArgumentParser, about: str | None, ops: Iterabl
         "--implementations", nargs="+", metavar="NAME", help=f"only these, of {', '.join(OWN)} and peer:<name>"
     )
     parser.add_argument("--out", type=Path, help="folder (default: benchmarks/results/<device>)")
+    parser.add_argument("--note", metavar="TEXT", help="kept with the rows: what else the machine does meanwhile, say")
 
 
 def validate(arguments: argparse.Namespace) -> None:
@@ -103,7 +104,8 @@ def main(arguments: argparse.Namespace) -> int:
             except RuntimeError as error:
                 failures.append(str(error))
     finally:  # what was measured before a crash is worth having
-        runs.write(path, "start", device, earlier, versions, environment.command(), rows, ("op", "implementation"))
+        keys, said = ("op", "implementation"), environment.command()
+        runs.write(path, "start", device, earlier, versions, said, rows, keys, arguments.note)
         print(path)
     for failure in failures:
         print(f"FAILED {failure}", file=sys.stderr)

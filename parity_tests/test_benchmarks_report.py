@@ -188,7 +188,11 @@ def folder(tmp_path):
     ]
     (place / "start.json").write_text(json.dumps(HEAD | {"rows": rows}))
     hosts = [{"op": OP, "implementation": "triton", "us": 71.25, "replay_us": 42.125}]
-    later = HEAD | {"command": "a-later-command", "rows": [{"op": OP, "implementation": "xla", "us": 31.5}]}
+    later = HEAD | {
+        "command": "a-later-command",
+        "note": "on a slow host",
+        "rows": [{"op": OP, "implementation": "xla", "us": 31.5}],
+    }
     (place / "host.json").write_text(json.dumps({"runs": [HEAD | {"rows": hosts}, later]}))
     common = {"statics": {"width": 4}, "dtype": "float16", "size": 64, "twin": "pallas", "knobs": {"BLOCK_SIZE_D": 64}}
     moved = [
@@ -225,6 +229,7 @@ def test_sections_appear_with_their_files(folder):
         "rows from elsewhere",
     ):
         assert words in text, words
+    assert text.count("on a slow host") == 3  # beside the row, below its table, and in the list of sources
     assert ">1.25</td>" in text  # the other twin's row: 12.5 over 10
     assert "NVIDIA B200" in text and "relative error 0.5" in text
     assert "peer:&lt;vllm&gt;" not in text and "&lt;vllm&gt;" in text and "<vllm>" not in text

@@ -222,7 +222,7 @@ def test_a_later_run_replaces_only_what_it_measures_again(machine, monkeypatch, 
     for ops in (["causal_conv1d"], ["causal_conv1d_update"], ["causal_conv1d"]):
         now = next(seconds)
         arguments = ["start", *ops, "--repeats", "1", "--implementations", "triton", "--out", str(tmp_path)]
-        assert command.main(arguments) == 0
+        assert command.main([*arguments, *(["--note", "beside others"] if now == 2.0 else [])]) == 0
         if now == 1.0:  # as files of one run once were
             data = json.loads((tmp_path / "start.json").read_text())
             (run,) = data.pop("runs")
@@ -230,6 +230,8 @@ def test_a_later_run_replaces_only_what_it_measures_again(machine, monkeypatch, 
     cold = [[(row["op"], row["seconds"]) for row in rows if row["phase"] == "cold"]
             for rows in rows_of(tmp_path / "start.json")]  # fmt: skip
     assert cold == [[("causal_conv1d_update", 2.0)], [("causal_conv1d", 3.0)]]
+    notes = [run.get("note") for run in runs.read(tmp_path / "start.json", "NVIDIA_H200")]
+    assert notes == ["beside others", None]
 
 
 @pytest.mark.parametrize(

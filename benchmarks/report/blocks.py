@@ -17,6 +17,8 @@ class Source:
     command: str
     date: str
     versions: str
+    note: str = ""
+    """Under what circumstances."""
 
     @property
     def is_table(self) -> bool:
@@ -26,7 +28,9 @@ class Source:
     def of(path: Path, head: dict[str, Any], device: str) -> "Source":
         """`head`: what stands in a result file besides its rows."""
         versions = ", ".join(f"{name} {version}" for name, version in head["versions"].items())
-        return Source(path.name, device.replace("_", " "), head["command"], head["date"], versions)
+        return Source(
+            path.name, device.replace("_", " "), head["command"], head["date"], versions, head.get("note", "")
+        )
 
 
 Kind = Literal["text", "number", "code"]

@@ -21,9 +21,9 @@ def sections(results: Results) -> list[Section]:
 
 
 def _together(measured: Sequence[Measured]) -> tuple[list[Mapping[str, Any]], list[Source]]:
-    """The rows of all runs, operators in their own order, and where they come from."""
+    """The rows of all runs with their run's note, operators in their own order, and where they come from."""
     place = {op: i for i, op in enumerate(OPS)}
-    rows = [row for run in measured for row in run.rows]
+    rows = [{"note": run.source.note, **row} for run in measured for row in run.rows]
     return sorted(rows, key=lambda row: place.get(row["op"], len(place))), [run.source for run in measured]
 
 
@@ -33,7 +33,7 @@ def _start(measured: Sequence[Measured]) -> Section | None:
     rows, read_from = _together(measured)
     said = "Seconds in a fresh process: of the import, then from the first call to its result. Medians over repeats."
     made = Section("start", "Cold and warm start", [said])
-    counted = any("compiles" in row for row in rows)
+    counted, noted = any("compiles" in row for row in rows), any(row["note"] for row in rows)
     lines = []
     for op, name in dict.fromkeys((row["op"], row["implementation"]) for row in rows):
         own = [row for row in rows if (row["op"], row["implementation"]) == (op, name)]
@@ -45,6 +45,8 @@ def _start(measured: Sequence[Measured]) -> Section | None:
             seen = [f"{row['phase']} {row['compiles']}" for row in own if row.get("compiles") is not None]
             cells.append(", ".join(dict.fromkeys(seen)))
         lines.append([op, name_of(name), *cells, ", ".join(dict.fromkeys(row.get("case", "") for row in own))])
+        if noted:
+            lines[-1].append(", ".join(dict.fromkeys(row["note"] for row in own)))
     columns = [
         Column("operator", "text"),
         Column("implementation", "text"),
@@ -53,6 +55,8 @@ def _start(measured: Sequence[Measured]) -> Section | None:
     if counted:
         columns.append(Column("kernels compiled", "text"))
     columns.append(Column("case", "text"))
+    if noted:
+        columns.append(Column("measured", "text"))
     made.blocks.append(Table("Seconds to the first result", columns, lines, read_from))
     return made
 
@@ -72,15 +76,20 @@ def _host(results: Results) -> Section | None:
 def _hosts(measured: Sequence[Measured]) -> Table:
     rows, read_from = _together(measured)
     lines, replayed = [], any(row.get("replay_us") is not None for row in rows)
+    noted = any(row["note"] for row in rows)
     for row in rows:
         cells = [row["op"], name_of(row["implementation"]), row.get("case", ""), f"{row['us']:.1f}"]
         if replayed:
             replay = row.get("replay_us")
             cells.append("" if replay is None else f"{replay:.1f}")
+        if noted:
+            cells.append(row["note"])
         lines.append(cells)
     columns = [Column("operator", "text"), Column("implementation", "text"), Column("case", "text"), Column("µs")]
     if replayed:
         columns.append(Column("replay of a CUDA graph, cold L2, µs"))
+    if noted:
+        columns.append(Column("measured", "text"))
     return Table("Host time of one call, µs", columns, lines, read_from)
 
 
