@@ -10,6 +10,9 @@ from ssm_configs.model_dims import ModelDims
 
 from .serving import Step, Traffic, bounds, padded
 
+# As docs/warmup.md has users pad.
+SMALLEST_PREFILL = 64
+
 
 class JaxServer:
     """A model's own jitted steps, padded to buckets; the pools are donated from step to step."""
@@ -55,9 +58,9 @@ class JaxServer:
         from pallas_ssm import bucket
 
         if step.kind == "training":
-            return (self._floats(1, bucket(max(step.lengths), 64), self.width),)
+            return (self._floats(1, bucket(max(step.lengths), SMALLEST_PREFILL), self.width),)
         if step.kind == "prefill":
-            N_seq, T = self.traffic.max_prefills, bucket(step.tokens, 64)
+            N_seq, T = self.traffic.max_prefills, bucket(step.tokens, SMALLEST_PREFILL)
             resumed = padded(step.resumed, N_seq, False, bool)
             return self._floats(T, self.width), bounds(step.lengths, N_seq), padded(step.slots, N_seq, -1), resumed
         N_seq = bucket(len(step.slots))
@@ -81,7 +84,7 @@ class JaxServer:
         if traffic.speculative:
             kinds.append(("speculative", traffic.max_batch))
         for kind, most in kinds:
-            for size in buckets(most, 64 if kind in ("prefill", "training") else 16):
+            for size in buckets(most, SMALLEST_PREFILL) if kind in ("prefill", "training") else buckets(most):
                 sequences = (1,) * min(size, most) if kind == "decode" else (1 + traffic.speculative,) * min(size, most)
                 lengths = sequences if kind in ("decode", "speculative") else (min(size, most),)
                 step = Step(kind, (0,) * len(lengths), lengths, (False,) * len(lengths), (1,) * len(lengths))
