@@ -40,24 +40,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for op in OPS.values():
         command = ops.add_parser(op.name, help=f"tune {op.name}", description=__doc__)
         for key in op.spec.static_keys:
-            command.add_argument(f"--{key}", type=int, nargs="+", default=op.grid[key], metavar="N")
+            text = f"a table each (default: {' '.join(map(str, op.grid[key]))})"
+            command.add_argument(f"--{key}", type=int, nargs="+", default=op.grid[key], metavar="N", help=text)
         command.add_argument(
             f"--{op.spec.dtype_key.replace('_', '-')}", dest="dtypes", nargs="+", default=_dtypes(op),
-            choices=op.spec.dtypes,
+            choices=op.spec.dtypes, help=f"a table each (default: {' '.join(_dtypes(op))})",
         )  # fmt: skip
-        command.add_argument("--sizes", type=int, nargs="+", default=op.sizes, metavar="N", help=op.spec.size_key)
+        text = f"rows of a table: {op.spec.size_key} (default: {' '.join(map(str, op.sizes))})"
+        command.add_argument("--sizes", type=int, nargs="+", default=op.sizes, metavar="N", help=text)
         _add_common(command)
     _add_common(stages.add_parser(ops, "tune", __doc__))
 
 
 def _add_common(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--twin", nargs="+", default=TWINS, choices=TWINS)
+    command.add_argument("--twin", nargs="+", default=TWINS, choices=TWINS, help="whose rows (default: both)")
     command.add_argument("--clock", choices=CLOCKS, default="kineto", help="events: no profiler, but Triton only")
     command.add_argument("--tables", type=Path, default=SHIPPED, help="where the tables go (default: %(default)s)")
-    command.add_argument("--log", type=Path, default=Path("tuning-log"), help="measurements so far; resumes there")
     command.add_argument(
-        "--limit-s", type=float, metavar="S", help="about so long a table and twin, for what that is enough"
+        "--log",
+        type=Path,
+        default=Path("tuning-log"),
+        help="measurements so far, from which it goes on (default: %(default)s)",
     )
+    text = 'about so long for each table and twin; the table says which sizes are left, under "unfinished"'
+    command.add_argument("--limit-s", type=float, metavar="S", help=text)
 
 
 def validate(arguments: argparse.Namespace) -> None:

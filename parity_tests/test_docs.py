@@ -29,7 +29,10 @@ def blocks(language: str) -> list[tuple[str, str]]:
     return [(name, text) for name, texts in found for text in texts]
 
 
-EXAMPLES = [(name, text) for name, text in blocks("python") if not text.startswith("# my_ops.py")]
+# Those of layers.md build on each other and have a test of their own.
+EXAMPLES = [
+    (name, text) for name, text in blocks("python") if name != "layers.md" and not text.startswith("# my_ops.py")
+]
 COMMANDS = [(name, line) for name, text in blocks("console") for line in text.splitlines()]
 
 
@@ -122,9 +125,25 @@ def test_numerics_has_a_line_for_every_operator_and_limit():
     assert text.count("\n| `") - points.count("\n| `") == len(TOLERANCES)
 
 
-@pytest.mark.parametrize("name", OURS)
+LINKING = PAGES | {name: (ROOT / name).read_text("utf-8") for name in ("README.md", "CHANGELOG.md")}
+
+
+@pytest.mark.parametrize("name", LINKING)
 def test_links_lead_somewhere(name):
-    for target in re.findall(r"\]\(([^)#]+)\)", OURS[name]):
-        missing = not target.startswith("http") and not (ROOT / "docs" / target).exists()
-        # Written by who writes warming up.
-        assert not missing or target == "warmup.md", target
+    here = ROOT / "docs" if name in PAGES else ROOT
+    for target in re.findall(r"\]\(([^)]+)\)", LINKING[name]):
+        if not target.startswith("http"):
+            file, _, anchor = target.partition("#")
+            path = here / file if file else here / name
+            assert path.exists(), target
+            assert not anchor or anchor in _anchors(path.read_text("utf-8")), target
+
+
+def test_every_page_is_in_the_index():
+    assert set(re.findall(r"^\| \[(\w+\.md)\]", PAGES["index.md"], re.MULTILINE)) == set(PAGES) - {"index.md"}
+
+
+def _anchors(text: str) -> set[str]:
+    """Those that GitHub gives to headings."""
+    headings = re.findall(r"^#+ (.+)$", re.sub(r"```.*?```", "", text, flags=re.DOTALL), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading).lower().replace(" ", "-") for heading in headings}

@@ -26,8 +26,8 @@ def validate(arguments: argparse.Namespace) -> None:
 
 def main(arguments: argparse.Namespace) -> int:
     folder = arguments.results / arguments.device
-    for path in write(sources.load(folder), arguments.out or folder / "report.html"):
-        print(path)
+    page_file, *pictures = write(sources.load(folder), arguments.out or folder / "report.html")
+    print(f"{page_file}, and {len(pictures)} figures in {page_file.with_suffix('')}")
     return 0
 
 
