@@ -214,7 +214,10 @@ PROMPT_ERRORS = {
     ),
     "null slot type": (give(null_slot=lambda _: 1.0), TypeError, r"null_slot: expected an int or None, got float"),
     "out shape": (give(out=lambda _: torch.zeros(1, 12, 32).bfloat16()), ValueError, r"out: expected shape \(1, 13, 32\)"),
+    "out is x": (lambda a, k: k.update(out=a[0]), ValueError, r"out: expected memory of its own, got x's"),
     "not a tensor": (put(1, lambda w: w.tolist()), TypeError, r"weight: expected a torch.Tensor, got list"),
+    "elsewhere": (put(0, lambda x: x.to_sparse()), TypeError, r"x: expected a strided torch.Tensor with memory of its own"),
+    "activation list": (give(activation=lambda _: ["silu"]), ValueError, r"activation: expected None, 'silu' or"),
 }  # fmt: skip
 
 
@@ -243,10 +246,15 @@ def test_prompt_errors_name_the_argument_and_touch_nothing(name):
         ((32, 0), None, ValueError, r"sizes: expected 1 to 4 positive"),
         ((32,), 24, ValueError, r"chunk_size: expected a power of two from 16 to 2048, got 24"),
         ((32,), 16.0, TypeError, r"chunk_size: expected an int or None, got float"),
+        ((32,), [16], TypeError, r"chunk_size: expected an int or None, got list"),
+        (32, None, TypeError, r"sizes: expected a tuple of ints, got int"),
+        ("32", None, TypeError, r"sizes: expected a tuple of ints, got str"),
+        ((16.0, 16), None, ValueError, r"sizes: expected 1 to 4 positive channel counts"),
     ],
 )
 def test_split_errors(sizes, chunk_size, kind, text):
     (x, weight), keywords = prompt()
+    triton_ssm.causal_conv1d_split(x[:, :0], weight, (16, 16))  # what was legal once says nothing of its like
     with pytest.raises(kind, match=text):
         triton_ssm.causal_conv1d_split(x, weight, sizes, chunk_size=chunk_size, **keywords)
 
@@ -263,6 +271,13 @@ UPDATE_ERRORS = {
     "too few slots": (
         lambda a, k: (k.pop("conv_state_indices"), a.__setitem__(1, a[1][:2])),
         ValueError, r"conv_state: expected at least one slot for each of 3 sequences, got S=2",
+    ),
+    "slots in one place": (
+        put(1, lambda s: s[:1].expand(6, -1, -1)), ValueError, r"conv_state: expected elements that do not overlap, got",
+    ),
+    "rows in one place": (
+        give(out=lambda _: torch.zeros(1, 32).bfloat16().expand(3, 32)),
+        ValueError, r"out: expected elements that do not overlap, got strides \(0, 1\)",
     ),
     "accepted shape": (
         give(num_accepted_tokens=lambda _: torch.ones(2, dtype=torch.int32)),
@@ -287,6 +302,20 @@ def test_a_gradient_is_refused_and_not_dropped():
     (x, weight), keywords = prompt()
     with pytest.raises(RuntimeError, match="weight: causal_conv1d has no backward"):
         triton_ssm.causal_conv1d(x, weight.requires_grad_(), **keywords)
+
+
+def test_without_a_sequence_only_rows_that_exist_are_written(monkeypatch: pytest.MonkeyPatch):
+    from triton_ssm import _plans
+
+    launched: list[tuple] = []
+    launch = _plans.Launcher.__call__
+    monkeypatch.setattr(_plans.Launcher, "__call__", lambda self, *given: launched.append(given))
+    weight, nobody = torch.zeros(8, 4), torch.zeros(1, dtype=torch.int32)
+    (y,), _ = triton_ssm.causal_conv1d_split(torch.ones(1, 5, 8), weight, (8,), chunk_size=16, cu_seqlens=nobody)
+    assert y.shape == (1, 0, 8) and not launched
+    monkeypatch.setattr(_plans.Launcher, "__call__", launch)
+    (y,), _ = triton_ssm.causal_conv1d_split(torch.ones(1, 17, 8), weight, (8,), chunk_size=16, cu_seqlens=nobody)
+    assert y.shape == (1, 16, 8) and not y.any()
 
 
 def test_weights_may_begin_anywhere():

@@ -265,6 +265,10 @@ ERRORS = {
     "sigmoid_beta": (give(sigmoid_beta=lambda _: 1), TypeError, r"sigmoid_beta: expected a bool, got int"),
     "scale": (give(scale=lambda _: math.inf), ValueError, r"scale: expected a finite number, got inf"),
     "out": (give(out=lambda _: torch.zeros(4, 2, 8)), TypeError, r"out: expected the dtype of v, bfloat16, got float32"),
+    "out rows in one place": (
+        give(out=lambda _: torch.zeros(1, 2, 8).bfloat16().expand(4, 2, 8)),
+        ValueError, r"out: expected elements that do not overlap",
+    ),
     "bounds": (give(cu_seqlens=lambda _: torch.tensor([0, 9])), ValueError, r"cu_seqlens: expected 0 <=|state_indices"),
 }  # fmt: skip
 

@@ -4,15 +4,17 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 import pytest
 import torch
+from triton import knobs
 
 import ssm_configs
 import triton_ssm
 from ssm_configs.contracts import causal_conv1d as contract
-from triton_ssm import _native, _recording, _replay
+from triton_ssm import _arguments, _native, _recording, _replay
 
 from . import graphs, stub_driver
 
@@ -115,6 +117,56 @@ def _check_replays(name: str, calls: list[Callable[[], Any]], replays: list, mon
     restore(0, before[1])
     graph.replay()
     assert _same([*_results(result), *given[0]], wanted[1]), name
+
+
+def test_what_only_stands_for_tensors_is_refused():
+    """Its address is 0. Also where a tensor like it was taken before."""
+
+    class Sharded(torch.Tensor):
+        @classmethod
+        def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+            raise NotImplementedError
+
+    x, weight = torch.ones(1, 4, 2), torch.ones(2, 2)
+    triton_ssm.causal_conv1d(x, weight)
+    sharded = torch.Tensor._make_wrapper_subclass(Sharded, weight.shape, dtype=weight.dtype)  # type: ignore[attr-defined]
+    with pytest.raises(
+        TypeError, match=r"^weight: expected a strided torch.Tensor with memory of its own, got Sharded"
+    ):
+        triton_ssm.causal_conv1d(x, sharded)
+
+
+def test_nothing_does_not_overlap():
+    """A tensor without elements may have strides of 0: NumPy's have."""
+    _arguments.check_apart("out", torch.empty(0).as_strided((0, 3, 2), (0, 0, 0)))
+    _arguments.check_apart("out", torch.empty(24).as_strided((2, 3, 2), (2, 4, 1)))
+    with pytest.raises(ValueError, match=r"^out: expected elements that do not overlap, got strides \(2, 3, 1\)"):
+        _arguments.check_apart("out", torch.empty(24).as_strided((2, 3, 2), (2, 3, 1)))
+
+
+def test_a_device_without_a_kernel_is_named_with_its_argument():
+    x, weight = torch.ones(1, 4, 2, device="meta"), torch.ones(2, 2, device="meta")
+    with pytest.raises(ValueError, match=r"^x: expected a GPU tensor .* got device meta"):
+        triton_ssm.causal_conv1d(x, weight)
+    with pytest.raises(ValueError, match=r"^g: expected a GPU tensor .* got device meta"):
+        triton_ssm.gdn.chunk_local_cumsum(x)
+
+
+def test_torch_compile_calls_operators_as_they_are():
+    """Traced, they would be broken into dozens of graphs, and the interpreter would not survive it."""
+    x, weight = torch.randn(1, 4, 2), torch.randn(2, 2)
+    compiled = torch.compile(lambda x: triton_ssm.causal_conv1d(x + 1, weight)[0] * 2, backend="eager")
+    assert torch.equal(compiled(x), triton_ssm.causal_conv1d(x + 1, weight)[0] * 2)
+
+
+def test_compiles_are_forbidden_until_the_last_one_has_left():
+    """Threads leave in any order."""
+    before = knobs.runtime.jit_cache_hook
+    with ExitStack() as second:
+        with triton_ssm.forbid_compiles():
+            second.enter_context(triton_ssm.forbid_compiles())
+        assert knobs.runtime.jit_cache_hook is not before
+    assert knobs.runtime.jit_cache_hook is before
 
 
 @pytest.mark.parametrize("missing", [*contract.PREFILL[:2], *contract.UPDATE[:3]])

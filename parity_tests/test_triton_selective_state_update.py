@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.autograd import forward_ad
 
 import triton_ssm
 from ssm_configs import override
@@ -173,6 +174,20 @@ def test_a_gradient_is_refused_and_not_dropped():
         triton_ssm.selective_state_update(*arguments, **keywords)
     with torch.no_grad():
         triton_ssm.selective_state_update(*arguments, **keywords)
+    arguments[1].requires_grad_(False)
+    with pytest.raises(RuntimeError, match="out: what is written has no backward"):
+        triton_ssm.selective_state_update(*arguments, **keywords, out=torch.zeros_like(arguments[1]).requires_grad_())
+
+
+def test_a_tangent_is_refused_and_not_dropped():
+    """Also where a call like it, without one, was taken before."""
+    arguments, keywords = arguments_of(small())
+    triton_ssm.selective_state_update(*arguments, **keywords)
+    with forward_ad.dual_level():
+        triton_ssm.selective_state_update(*arguments, **keywords)
+        arguments[1] = forward_ad.make_dual(arguments[1], torch.ones_like(arguments[1]))
+        with pytest.raises(RuntimeError, match="x: selective_state_update has no backward"):
+            triton_ssm.selective_state_update(*arguments, **keywords)
 
 
 def test_no_tokens_is_no_work():
@@ -192,6 +207,9 @@ def test_padding_rows_beyond_no_sequence_are_zero():
 ERRORS = {
     "state rank": (lambda a, k: a.__setitem__(0, a[0][0, 0]), ValueError, r"state: expected rank 4 .* got rank 2"),
     "no slot": (lambda a, k: a.__setitem__(0, a[0][:0]), ValueError, r"state: expected at least one slot, got S=0"),
+    "state rank beside a scalar": (
+        lambda a, k: (a.__setitem__(0, a[0][0, 0]), k.update(D=torch.tensor(1.0))), ValueError, r"state: expected rank 4",
+    ),
     "x rank": (lambda a, k: a.__setitem__(1, a[1][0]), ValueError, r"x: expected rank 3 \[T, H, P\], got rank 2"),
     "x shape": (lambda a, k: a.__setitem__(1, a[1][:, :, 1:]), ValueError, r"x: expected shape \(T=3, H=2, P=8\), got"),
     "dt shape": (lambda a, k: a.__setitem__(2, a[2][:2]), ValueError, r"dt: expected shape \(T=3, H=2\) or"),
@@ -249,6 +267,7 @@ ERRORS = {
         lambda a, k: (a.__setitem__(0, a[0].half()), k.update(rounding_seed=1.5)),
         TypeError, r"rounding_seed: expected an int.* got float",
     ),
+    "softplus list": (lambda a, k: k.update(dt_softplus=[True]), TypeError, r"dt_softplus: expected a bool, got list"),
     "softplus type": (lambda a, k: k.update(dt_softplus=1), TypeError, r"dt_softplus: expected a bool, got int"),
     "D shape": (lambda a, k: k.update(D=k["D"][:1]), ValueError, r"D: expected shape \(H=2,\) or \(H=2, P=8\), got \(1,\)"),
     "z shape": (lambda a, k: k.update(z=a[1][:, :1]), ValueError, r"z: expected shape \(T=3, H=2, P=8\), got"),
@@ -262,6 +281,10 @@ ERRORS = {
     ),
     "out dtype": (lambda a, k: k.update(out=a[1].half()), TypeError, r"out: expected the dtype of x, bfloat16, got float16"),
     "out shape": (lambda a, k: k.update(out=a[1][:2]), ValueError, r"out: expected shape \(3, 2, 8\), got \(2, 2, 8\)"),
+    "out rows in one place": (
+        lambda a, k: k.update(out=torch.zeros(1, 2, 8).to(a[1]).expand(3, 2, 8)),
+        ValueError, r"out: expected elements that do not overlap, got strides \(0, 8, 1\)",
+    ),
     "state strides": (
         lambda a, k: a.__setitem__(0, a[0].transpose(2, 3).contiguous().transpose(2, 3)),
         ValueError, r"state: expected strides \(any, 128, 16, 1\), got",

@@ -227,6 +227,17 @@ def test_no_tokens(lengths):
     assert y.shape[0] == 0 and final.shape[0] == 0
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_without_a_sequence_there_may_be_fewer_aligned_rows_than_tokens(dtype):
+    """16-bit inputs take the fused path."""
+    x, B, C = (torch.ones(1, 0, *shape, dtype=dtype) for shape in ((2, 16), (1, 16), (1, 16)))
+    y, final = triton_ssm.mamba_chunk_scan_combined(
+        x, torch.ones(1, 70, 2), -torch.ones(2), B, C, chunk_size=128, chunk_aligned=True,
+        cu_seqlens=torch.zeros(1, dtype=torch.int32), return_final_states=True,
+    )  # fmt: skip
+    assert y.shape == (1, 70, 2, 16) and not y.any() and final.shape == (0, 2, 16, 16)
+
+
 def put(index, value):
     return lambda a, k: a.__setitem__(index, value(a[index]))
 

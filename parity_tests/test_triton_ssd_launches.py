@@ -140,7 +140,7 @@ def test_no_launch_has_more_than_one_grid_axis(launches):
 def test_products_are_as_precise_as_asked(launches, monkeypatch, device, ieee):
     """Three products of tf32 where there are tensor cores for them, and one word for 16-bit operands whatever is asked."""
     capability = (9, 0) if "NVIDIA" in device else None
-    monkeypatch.setattr(_plan, "tuning_device", lambda _: Device(device, capability))
+    monkeypatch.setattr(_plan, "tuning_device_of", lambda *_: Device(device, capability))
     for dtype, precision, expected in (
         (torch.float32, "ieee", ieee), (torch.float32, "tf32", "tf32"),
         (torch.bfloat16, "ieee", "ieee"), (torch.bfloat16, "tf32", "ieee"),

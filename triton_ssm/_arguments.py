@@ -1,10 +1,13 @@
 """From torch tensors to what the contracts check and what the kernels take. Nothing here synchronises with a GPU."""
 
+import operator
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
+_dispatch_of = operator.attrgetter("__torch_dispatch__")
 _NAMES = {
     torch.float32: "float32",
     torch.bfloat16: "bfloat16",
@@ -18,6 +21,16 @@ def dtype_name(dtype: torch.dtype) -> str:
     return _NAMES.get(dtype) or str(dtype).removeprefix("torch.")
 
 
+def is_memory(tensor: torch.Tensor) -> bool:
+    """Not one that only stands for tensors elsewhere (a DTensor, say). Parameters and their like are, whatever their class."""
+    return _dispatch_of(type(tensor)) is _dispatch_of(torch.Tensor)
+
+
+def has_tangent(tensor: Any) -> bool:
+    """Whether forward-mode differentiation goes through it."""
+    return isinstance(tensor, torch.Tensor) and forward_ad.unpack_dual(tensor).tangent is not None
+
+
 def check_tensors(tensors: Mapping[str, Any], op: str, required: int = 0) -> None:
     """All tensors, the first `required` of them there, all on one device, none asking for a gradient."""
     for name in list(tensors)[:required]:
@@ -29,15 +42,22 @@ def check_tensors(tensors: Mapping[str, Any], op: str, required: int = 0) -> Non
             continue
         if not isinstance(tensor, torch.Tensor):
             raise TypeError(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}")
+        _check_memory(name, tensor)
         if device is None:
             device = tensor.device
         elif tensor.device != device:
             raise ValueError(f"{name}: expected device {device}, where the first argument is, got {tensor.device}")
-        if tensor.requires_grad and torch.is_grad_enabled():
+        if (tensor.requires_grad and torch.is_grad_enabled()) or has_tangent(tensor):
             raise RuntimeError(
                 f"{name}: {op} has no backward in triton_ssm; call it under torch.no_grad(), or detach {name} if no "
                 "gradient is wanted"
             )
+
+
+def _check_memory(name: str, tensor: torch.Tensor) -> None:
+    if tensor.layout is not torch.strided or not is_memory(tensor):
+        kind = type(tensor).__name__ if tensor.layout is torch.strided else tensor.layout
+        raise TypeError(f"{name}: expected a strided torch.Tensor with memory of its own, got {kind}")
 
 
 def checked[Dims](check: Callable[..., Dims], tensors: Mapping[str, Any], **options: Any) -> Dims:
@@ -68,7 +88,9 @@ def is_expanded(tensor: torch.Tensor | None, rank: int, axes: int) -> bool:
     """Whether `tensor` has `rank` axes, of which the last `axes` repeat one element."""
     if tensor is None or tensor.dim() != rank:
         return False
-    return all(size and not stride for size, stride in zip(tensor.shape[-axes:], tensor.stride()[-axes:], strict=True))
+    return rank >= axes and all(
+        size and not stride for size, stride in zip(tensor.shape[-axes:], tensor.stride()[-axes:], strict=True)
+    )
 
 
 def collapse(axes: int) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -108,8 +130,29 @@ def dense_rows(tensor: torch.Tensor) -> torch.Tensor:
 
 def check_dense_channels(name: str, state: torch.Tensor) -> None:
     """A state that is updated in place cannot be copied and stay it."""
-    if state.shape[-1] > 1 and state.stride(-1) != 1:
+    if state.numel() and state.shape[-1] > 1 and state.stride(-1) != 1:
         raise ValueError(f"{name}: expected dense channels, got strides {state.stride()}")
+    check_apart(name, state)
+
+
+def check_apart(name: str, written: torch.Tensor) -> None:
+    """That no two elements of what is written lie in one place, as those of an expanded view do."""
+    extent = 1
+    for stride, size in sorted(zip(written.stride(), written.shape, strict=True)):
+        if size > 1 and stride < extent and written.numel():
+            raise ValueError(f"{name}: expected elements that do not overlap, got strides {written.stride()}")
+        extent += (size - 1) * stride
+
+
+def check_output(out: torch.Tensor) -> None:
+    """Of a caller's buffer, whatever its shape."""
+    _check_memory("out", out)
+    if out.requires_grad and torch.is_grad_enabled():
+        raise RuntimeError(
+            "out: what is written has no backward in triton_ssm; call it under torch.no_grad(), or give a tensor that "
+            "asks for no gradient"
+        )
+    check_apart("out", out)
 
 
 def state_strides(state: torch.Tensor | None) -> tuple[int, int]:
@@ -121,20 +164,22 @@ def state_strides(state: torch.Tensor | None) -> tuple[int, int]:
     return state.stride(0) if S > 1 else L * row, row
 
 
-def output_like(x: torch.Tensor, out: Any) -> torch.Tensor:
-    """The buffer for y: `out`, if it fits, else a new one."""
+def output_like(x: torch.Tensor, out: Any, shape: tuple[int, ...] | None = None) -> torch.Tensor:
+    """The buffer for y, of x's shape or another: `out`, if it fits, else a new one."""
+    shape = x.shape if shape is None else shape
     if out is None:
-        return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        return torch.empty(shape, dtype=x.dtype, device=x.device)
     if not isinstance(out, torch.Tensor):
         raise TypeError(f"out: expected a torch.Tensor, got {type(out).__name__}")
     if out.device != x.device:
         raise ValueError(f"out: expected device {x.device}, where the first argument is, got {out.device}")
     if out.dtype != x.dtype:
         raise TypeError(f"out: expected the dtype of x, {dtype_name(x.dtype)}, got {dtype_name(out.dtype)}")
-    if out.shape != x.shape:
-        raise ValueError(f"out: expected shape {tuple(x.shape)}, got {tuple(out.shape)}")
+    if out.shape != shape:
+        raise ValueError(f"out: expected shape {tuple(shape)}, got {tuple(out.shape)}")
     if out.shape[0] and not out[0].is_contiguous():
         raise ValueError(f"out: expected every row dense, got strides {out.stride()}")
+    check_output(out)
     return out
 
 

@@ -29,6 +29,13 @@ def tuning_device(device: torch.device) -> Device:
         name = os.environ.get("SSM_DEVICE_NAME")
         return Device(name) if name else INTERPRETED_DEVICE
     raise ValueError(
-        f"state: expected a GPU tensor (or a CPU tensor with TRITON_INTERPRET=1 set before triton is imported), got "
-        f"device {device}"
+        f"expected a GPU tensor (or a CPU tensor with TRITON_INTERPRET=1 set before triton is imported), got device {device}"
     )
+
+
+def tuning_device_of(name: str, device: torch.device) -> Device:
+    """`tuning_device` for an argument on `device`, which the error names."""
+    try:
+        return tuning_device(device)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None

@@ -9,9 +9,11 @@ import threading
 from collections.abc import Hashable, Sequence
 
 import torch
+from torch.autograd import forward_ad
 from triton import JITFunction
 from triton.compiler import CompiledKernel
 
+from ._arguments import has_tangent
 from ._c_launch import c_launch
 from ._hashes import settle
 from ._recording import recording
@@ -28,10 +30,13 @@ class Cache[Value]:
         self._lock = threading.Lock()
 
     def get(self, key: Hashable) -> Value | None:
-        return self._entries.get(key)
+        try:
+            return self._entries.get(key)
+        except TypeError:  # an option that is not hashable is for a check to refuse, by its name
+            return None
 
     def __setitem__(self, key: Hashable, value: Value) -> None:
-        with self._lock:
+        with self._lock, contextlib.suppress(TypeError):
             if len(self._entries) >= _CAPACITY:
                 self._entries = {}
             self._entries[key] = value
@@ -39,12 +44,14 @@ class Cache[Value]:
 
 def call_key(tensors: Sequence[object], *options: Hashable) -> Hashable:
     """All that a check may look at. What is no tensor is known by its type, which is what it will be refused for."""
-    seen = [
-        (tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.requires_grad)
+    seen: list[object] = [
+        (type(tensor), tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.requires_grad)
         if isinstance(tensor, torch.Tensor)
         else type(tensor)
         for tensor in tensors
     ]
+    if forward_ad._current_level >= 0:
+        seen += [has_tangent(tensor) for tensor in tensors]
     return torch.is_grad_enabled(), options, tuple(seen)
 
 

@@ -12,19 +12,20 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 from triton import knobs
 
 from ssm_configs import circumstances
 from ssm_configs.environment import reader
 
 from . import _native
+from ._arguments import is_memory as _is_memory
 from ._plans import Cache
 from ._recording import Program, Recorder
 
 SERVED = ("cuda",)  # devices
 _RECENT = 4  # kinds that one operator's calls are compared to before they are looked up
 _SEEN = object()
-_dispatch_of = operator.attrgetter("__torch_dispatch__")
 # Dynamo's guards compare all tensors in one call into C++. Where a torch has none, the keys below are all there is.
 _Guards: Any = getattr(getattr(getattr(torch._C, "_dynamo", None), "guards", None), "TensorGuards", None)
 _switches = reader("FLA_USE_TMA")  # what operators read of the environment themselves
@@ -62,10 +63,7 @@ def replayed[**P, R](operator_: Callable[P, R]) -> Callable[P, R]:
         pointers = [tensor.data_ptr() for tensor in tensors]
         alignment = [pointer & 15 for pointer in pointers]
         key = (names, around, tuple(alignment), _shared(pointers), *_described(values))
-        try:
-            kind = kinds.get(key)
-        except TypeError:  # an option that is not hashable is for the operator to refuse
-            return operator_(*args, **kwargs)
+        kind = kinds.get(key)
         if isinstance(kind, _Kind):
             latest = kind
             if kind.native is not None:
@@ -85,7 +83,21 @@ def replayed[**P, R](operator_: Callable[P, R]) -> Callable[P, R]:
             recent = (kind.native, *recent)[:_RECENT]
         return result
 
+    _leave_alone(call)
     return call
+
+
+def _leave_alone(function: Any) -> None:
+    """`torch.compile` breaks its graph at a call, which then runs as it is. As `torch.compiler.disable` has it, without that
+    one's import of Dynamo and without its time in every call.
+
+    Dynamo would break it at every look-up and launch anyway, and guard on addresses; the interpreter does not survive it.
+    """
+    function._torchdynamo_disable = True
+    frames: Any = getattr(getattr(torch._C, "_dynamo", None), "eval_frame", None)
+    if hasattr(frames, "set_code_exec_strategy"):
+        skip = frames._FrameAction.SKIP
+        frames.set_code_exec_strategy(function.__code__, frames._FrameExecStrategy(skip, skip))  # and all that it calls
 
 
 _AROUND = (torch.is_grad_enabled, torch.is_inference_mode_enabled, circumstances, _switches)
@@ -193,16 +205,12 @@ def _described(values: tuple) -> list[Any]:
     ]
 
 
-def _is_memory(tensor: torch.Tensor) -> bool:
-    """Not one that only stands for tensors elsewhere. Parameters and their like are, whatever their class."""
-    return _dispatch_of(type(tensor)) is _dispatch_of(torch.Tensor)
-
-
 def _is_watched() -> bool:
-    """Hooks want to see every launch, modes every allocation, and a recording, which is a mode, both."""
+    """Hooks want to see every launch, modes every allocation, and a recording, which is a mode, both. And tangents of forward
+    differentiation, which nothing else tells of, are for the operator to refuse."""
     runtime = knobs.runtime
     enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
     # Triton's chains of hooks are empty unless a profiler is attached; before it had chains there was a hook or None.
     if (enter is not None and getattr(enter, "calls", True)) or (leave is not None and getattr(leave, "calls", True)):
         return True
-    return torch._C._len_torch_dispatch_stack() > 0
+    return torch._C._len_torch_dispatch_stack() > 0 or forward_ad._current_level >= 0

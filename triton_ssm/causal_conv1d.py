@@ -19,7 +19,7 @@ from ssm_configs.contracts import causal_conv1d as contract
 from . import _arguments
 from ._causal_conv1d_kernel import causal_conv1d_kernel
 from ._causal_conv1d_window import word_aligned
-from ._device import tuning_device
+from ._device import tuning_device_of
 from ._plans import Cache, Launcher, call_key
 from ._replay import replayed
 
@@ -58,7 +58,7 @@ def causal_conv1d(
             sequences with one slot are the caller's error: whose state remains is not defined.
         has_initial_state: [N_seq] bool; where it is false the slot's old rows count as zeros.
         null_slot: one more slot number that means padding (vLLM's block 0).
-        out: where to put y: a dense tensor of its shape and dtype.
+        out: where to put y: a dense tensor of its shape and dtype, which shares no memory with x.
 
     Raises:
         ValueError, TypeError: before anything is launched. A slot >= S can only be seen on the host for CPU tensors; on a
@@ -100,6 +100,8 @@ def causal_conv1d_split(
     All else as in `causal_conv1d`.
     """
     tensors = (x, weight, bias, initial_state, cu_seqlens, conv_state, state_indices, has_initial_state)
+    if not isinstance(sizes, Sequence) or isinstance(sizes, str):
+        raise TypeError(f"sizes: expected a tuple of ints, got {type(sizes).__name__}")
     return _run(tensors, activation, null_slot, tuple(sizes), chunk_size, None)
 
 
@@ -115,7 +117,9 @@ def _run(
     chunk_size: int | None,
     out: torch.Tensor | None,
 ) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
-    key = call_key(tensors, activation, type(null_slot), null_slot, sizes, type(chunk_size), chunk_size)
+    # with their types: 64.0 is as good a key as 64
+    types = (type(null_slot), type(chunk_size), *map(type, sizes or ()))
+    key = call_key(tensors, activation, null_slot, sizes, chunk_size, types)
     dims = _DIMS.get(key)
     if dims is None:
         dims = _DIMS[key] = _check(tensors, activation, null_slot, sizes, chunk_size)
@@ -138,8 +142,8 @@ def _run(
     if dims.packed and chunk_size is None:
         blocks = dims.T // BLOCK_SIZE_T + dims.N_seq + 1
     else:
-        # A row without tokens still hands its state on.
-        blocks = (1 if dims.packed else dims.B) * max(-(-dims.rows // BLOCK_SIZE_T), 1)
+        # A row without tokens still hands its state on. Packed, each sequence has a chunk, and no sequence perhaps no row.
+        blocks = -(-dims.rows // BLOCK_SIZE_T) if dims.packed else dims.B * max(-(-dims.rows // BLOCK_SIZE_T), 1)
     grid = (blocks * sum(-(-width // BLOCK_SIZE_D) for width in widths), 1, 1)
     if not grid[0]:
         return parts, final
@@ -184,7 +188,7 @@ def config_request(
 def _request(x: torch.Tensor, dims: contract.Dims) -> dict[str, Any]:
     return {
         "twin": "triton",
-        "device": tuning_device(x.device),
+        "device": tuning_device_of("x", x.device),
         "dtype": _arguments.dtype_name(x.dtype),
         "size": dims.B * dims.T * dims.D,
         "width": dims.W,
@@ -196,5 +200,8 @@ def _outputs(x: torch.Tensor, dims: contract.Dims, sizes: tuple[int, ...] | None
         y = _arguments.output_like(x, out)
         if not y.is_contiguous():
             raise ValueError(f"out: expected a dense tensor, got strides {y.stride()}")
+        if out is not None and y.data_ptr() == x.data_ptr() and y.numel():
+            # Programs read the rows before their own, which others would have overwritten.
+            raise ValueError("out: expected memory of its own, got x's")
         return (y,)
     return tuple(torch.empty(dims.B, dims.rows, size, dtype=x.dtype, device=x.device) for size in sizes)

@@ -19,7 +19,7 @@ from ssm_configs.contracts import causal_conv1d as contract
 from . import _arguments
 from ._causal_conv1d_update_kernel import causal_conv1d_update_kernel
 from ._causal_conv1d_window import word_aligned
-from ._device import tuning_device
+from ._device import tuning_device_of
 from ._plans import Cache, Launcher, call_key
 from ._replay import replayed
 
@@ -121,7 +121,7 @@ def config_request(x, conv_state, weight, *, activation=None, null_slot=None, **
 def _request(x: torch.Tensor, dims: contract.Dims) -> dict[str, Any]:
     return {
         "twin": "triton",
-        "device": tuning_device(x.device),
+        "device": tuning_device_of("x", x.device),
         "dtype": _arguments.dtype_name(x.dtype),
         "size": dims.N_seq * dims.D,
         "width": dims.W,

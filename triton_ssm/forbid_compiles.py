@@ -1,12 +1,17 @@
 """No compile after warm-up: what a server runs its requests under."""
 
 import contextlib
+import threading
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from triton import knobs
 
 from ssm_configs.late_compile import LateCompileError
+
+_lock = threading.Lock()
+_depth = 0
+_before: Any = None
 
 
 @contextlib.contextmanager
@@ -16,12 +21,19 @@ def forbid_compiles() -> Iterator[None]:
     Also where the compiled kernel lies in Triton's cache on disk, for loading it is time that a request waits for. Holds for
     all kernels and all threads of the process, ours or not; nothing of ours autotunes. Nesting is fine.
     """
-    before = knobs.runtime.jit_cache_hook
-    knobs.runtime.jit_cache_hook = _refuse
+    global _depth, _before
+    with _lock:
+        _depth += 1
+        if _depth == 1:
+            _before, knobs.runtime.jit_cache_hook = knobs.runtime.jit_cache_hook, _refuse
     try:
         yield
     finally:
-        knobs.runtime.jit_cache_hook = before
+        # The last to leave gives the hook back: threads need not leave in the order in which they came.
+        with _lock:
+            _depth -= 1
+            if _depth == 0:
+                _before, knobs.runtime.jit_cache_hook = None, _before
 
 
 def _refuse(*, fn: Any, compile: Mapping[str, Any], **others: Any) -> bool:
@@ -30,7 +42,7 @@ def _refuse(*, fn: Any, compile: Mapping[str, Any], **others: Any) -> bool:
     asked = _variant(function, compile)
     known = [_variant(function, {"signature": kernel.src.signature, "constants": kernel.src.constants,
                                  "num_warps": kernel.metadata.num_warps, "num_stages": kernel.metadata.num_stages})
-             for kernels, *_ in function.device_caches.values() for kernel in kernels.values()]  # fmt: skip
+             for kernels, *_ in list(function.device_caches.values()) for kernel in list(kernels.values())]  # fmt: skip
     raise LateCompileError(f"{fn.name}: compiled under forbid_compiles(): {_difference(asked, known)}")
 
 

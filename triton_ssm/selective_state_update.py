@@ -21,7 +21,7 @@ from ssm_configs import lookup
 from ssm_configs.contracts import selective_state_update as contract
 
 from . import _arguments
-from ._device import tuning_device
+from ._device import tuning_device_of
 from ._plans import Cache, Launcher, call_key
 from ._replay import replayed
 from ._selective_state_update_kernel import selective_state_update_kernel
@@ -173,7 +173,7 @@ def _make_plan(tensors: tuple, dt_softplus: bool, null_slot: int | None, stochas
         dims,
         {
             "twin": "triton",
-            "device": tuning_device(tensors[0].device),
+            "device": tuning_device_of("state", tensors[0].device),
             "dtype": _arguments.dtype_name(tensors[0].dtype),
             "size": dims.N_seq * dims.H,
             "headdim": dims.P,

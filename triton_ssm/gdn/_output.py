@@ -24,4 +24,5 @@ def output_like(v: torch.Tensor, out: Any, *, dense: bool = True) -> torch.Tenso
         raise ValueError(
             f"out: expected {'a dense tensor' if dense else 'every row dense'}, got strides {out.stride()}"
         )
+    _arguments.check_output(out)
     return out

@@ -19,7 +19,7 @@ from ssm_configs import lookup
 from ssm_configs.contracts import gdn as contract
 
 from .. import _arguments
-from .._device import tuning_device
+from .._device import tuning_device_of
 from .._plans import Cache, Launcher, call_key
 from .._replay import replayed
 from ._output import output_like
@@ -170,7 +170,7 @@ def _make_plan(tensors: tuple, null_slot: object) -> _Plan:
         dims,
         {
             "twin": "triton",
-            "device": tuning_device(state.device),
+            "device": tuning_device_of("q", state.device),
             "dtype": _arguments.dtype_name(state.dtype),
             "size": dims.N_seq * dims.H_v,
             "K": dims.K,

@@ -118,6 +118,8 @@ def run(
             (H, P, dt_softplus, block_h), 4,
         )  # fmt: skip
 
+    if not dims.N_seq:  # no row of x, perhaps, to describe
+        return
     block_p = max(16, min(64, 1 << (P - 1).bit_length()))
     block_n = max(16, 1 << (N - 1).bit_length())
     blocks = H * -(-P // block_p)
@@ -142,8 +144,6 @@ def run(
                 (H, P * N, _SCAN_BLOCK), 4,
             )  # fmt: skip
 
-    if not piece_slots:
-        return
     n_final = 0 if final is None else final.shape[0]
     integers = (
         n_tokens, chunks_per_row, pieces_per_row, states_per_row, dims.rows, n_sequences, chunks_per_piece, splits, n_final,

@@ -9,7 +9,7 @@ import torch
 from ssm_configs.contracts.ssd import Dims
 
 from .. import _arguments
-from .._device import tuning_device
+from .._device import tuning_device_of
 
 # Of torch.Tensor | None; which one of them is None is the contract's matter.
 Tensors = tuple[Any, ...]
@@ -87,7 +87,9 @@ def make_plan(
         if name in tokens:
             strides[name] = _token_strides(tensor)
     first = named[dtype_of or names[0]]
-    return Plan(dims, tuple(copied), strides, tuning_device(first.device), _arguments.dtype_name(first.dtype))
+    return Plan(
+        dims, tuple(copied), strides, tuning_device_of(names[0], first.device), _arguments.dtype_name(first.dtype)
+    )
 
 
 def _has_dense_tokens(tensor: torch.Tensor) -> bool:
@@ -100,9 +102,9 @@ def _token_strides(tensor: torch.Tensor) -> tuple[int, int]:
     return tensor.stride(0) if tensor.shape[0] > 1 else 0, tensor.stride(1)
 
 
-def dense_output(like: torch.Tensor, out: Any) -> torch.Tensor:
+def dense_output(like: torch.Tensor, out: Any, shape: tuple[int, ...] | None = None) -> torch.Tensor:
     """The buffer for y: `out`, if it fits and is dense, else a new one."""
-    y = _arguments.output_like(like, out)
+    y = _arguments.output_like(like, out, shape)
     if not y.is_contiguous():
         raise ValueError(f"out: expected a dense tensor, got strides {y.stride()}")
     return y

@@ -92,7 +92,8 @@ def mamba_chunk_scan_combined(
             distance apart; within a slot it must be dense.
         final_state_indices: [N_seq], the slot of each sequence; slot n for sequence n without it. A slot < 0 is padding: its
             state is dropped. Two sequences with one slot are the caller's error: whose state remains is not defined. So is
-            an initial state in memory that another sequence's last state is written to.
+            an initial state in memory that a last state is written to, its own sequence's or another's: pieces of a
+            sequence run side by side, and each may read it.
         chunk_aligned: x, B and C have rows in which every sequence begins at a multiple of L, as `causal_conv1d_split` writes
             them: [B, L·NC, …]. dt, z and y have T rows as ever.
         precision: "ieee" or "tf32", how fp32 inputs are multiplied.
@@ -116,8 +117,8 @@ def mamba_chunk_scan_combined(
     dims = plan.dims
     _arguments.check_slots_on_host("final_state_indices", final_state_indices, dims.S)
     _arguments.check_bounds_on_host(cu_seqlens, dims.T)
-    # Aligned, x has no fewer rows than y.
-    y = dense_output(x[:, : dims.T] if chunk_aligned else x, out)
+    # Aligned, x has more rows than y, or none where there is no sequence.
+    y = dense_output(x, out, (dims.B, dims.T, dims.H, dims.P))
     final = final_states_out
     if final is None and return_final_states:
         final = torch.empty(dims.N_seq, dims.H, dims.P, dims.N, dtype=state_dtype, device=x.device)
