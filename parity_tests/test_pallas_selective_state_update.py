@@ -342,6 +342,9 @@ ERRORS = {
         ValueError, r"null_slot: expected None without state_batch_indices, got 0",
     ),
     "null slot type": (lambda a, k: k.update(null_slot=1.0), TypeError, r"null_slot: expected an int or None, got float"),
+    "null slot of many bits": (
+        lambda a, k: k.update(null_slot=2**31), ValueError, r"null_slot: expected a slot number of 32 bits, got 2147483648",
+    ),
     "seed with fp32": (lambda a, k: k.update(rounding_seed=1), ValueError, r"rounding_seed: expected None with a float32"),
     "seed type": (
         lambda a, k: (a.__setitem__(0, a[0].astype(jnp.float16)), k.update(rounding_seed=1.5)),

@@ -213,6 +213,7 @@ PROMPT_ERRORS = {
         give(cu_seqlens=lambda c: torch.tensor([0, 9, 8], dtype=torch.int32)), ValueError, r"cu_seqlens: expected 0 <= …",
     ),
     "null slot type": (give(null_slot=lambda _: 1.0), TypeError, r"null_slot: expected an int or None, got float"),
+    "null slot of many bits": (give(null_slot=lambda _: 2**31), ValueError, r"null_slot: expected a slot number of 32 bits"),
     "out shape": (give(out=lambda _: torch.zeros(1, 12, 32).bfloat16()), ValueError, r"out: expected shape \(1, 13, 32\)"),
     "out is x": (lambda a, k: k.update(out=a[0]), ValueError, r"out: expected memory of its own, got x's"),
     "not a tensor": (put(1, lambda w: w.tolist()), TypeError, r"weight: expected a torch.Tensor, got list"),

@@ -260,6 +260,7 @@ ERRORS = {
         lambda a, k: (k.pop("state_indices"), k.update(null_slot=0)), ValueError, r"null_slot: expected None without",
     ),
     "null slot type": (give(null_slot=lambda _: True), TypeError, r"null_slot: expected an int or None, got bool"),
+    "null slot of many bits": (give(null_slot=lambda _: 2**70), ValueError, r"null_slot: expected a slot number of 32 bits"),
     "dt_bias alone": (give(dt_bias=lambda _: torch.zeros(2)), ValueError, r"dt_bias: expected None without A_log"),
     "A_log": (give(A_log=lambda _: torch.zeros(3)), ValueError, r"A_log: expected shape \(H_v=2,\), got \(3,\)"),
     "sigmoid_beta": (give(sigmoid_beta=lambda _: 1), TypeError, r"sigmoid_beta: expected a bool, got int"),

@@ -138,9 +138,11 @@ def test_states_as_tensors_and_stochastic_rounding(variants):
     slots = torch.tensor([2, 0], dtype=torch.int32)
     token: list[Any] = [tensor[0, :2] for tensor in (x, dt, B, C)]
     token.insert(2, A)
-    triton_ssm.selective_state_update(  # pyright: ignore[reportCallIssue]
-        states, *token, state_batch_indices=slots, rounding_seed=3, **named
-    )  # fmt: skip
+    # One of a row of seeds lies at any multiple of 8 bytes.
+    for seed in (3, *torch.arange(2)):
+        triton_ssm.selective_state_update(  # pyright: ignore[reportCallIssue]
+            states, *token, state_batch_indices=slots, rounding_seed=seed, **named
+        )  # fmt: skip
     assert variants <= warmed, variants - warmed
 
 

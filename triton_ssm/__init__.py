@@ -1,4 +1,4 @@
-"""Mamba-2 operators for PyTorch in Triton; the twin of `pallas_ssm`, function by function."""
+"""Mamba-2 and gated-delta-rule operators for PyTorch in Triton; the twin of `pallas_ssm`, function by function."""
 
 from ssm_configs import override as override
 from ssm_configs.model_dims import ModelDims as ModelDims

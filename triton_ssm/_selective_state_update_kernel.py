@@ -83,7 +83,7 @@ def _store_state(
 # an index array begins, which may be a slice of the batch's.
 @triton.jit(
     do_not_specialize=["n_tokens", "n_sequences", "n_slots", "null_slot"],
-    do_not_specialize_on_alignment=["source_ptr", "target_ptr", "cu_seqlens_ptr", "accepted_ptr"],
+    do_not_specialize_on_alignment=["source_ptr", "target_ptr", "cu_seqlens_ptr", "accepted_ptr", "seed_ptr"],
 )
 def selective_state_update_kernel(
     state_ptr, x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, z_ptr, dt_bias_ptr, y_ptr,

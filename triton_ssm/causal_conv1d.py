@@ -56,7 +56,7 @@ def causal_conv1d(
             W - 1 rows. A sequence without tokens leaves its slot alone.
         state_indices: [N_seq], the slot of each sequence. A slot < 0 is padding: zero rows, no state read or written. Two
             sequences with one slot are the caller's error: whose state remains is not defined.
-        has_initial_state: [N_seq] bool; where it is false the slot's old rows count as zeros.
+        has_initial_state: [N_seq] bool, required with conv_state; where it is false the slot's old rows count as zeros.
         null_slot: one more slot number that means padding (vLLM's block 0).
         out: where to put y: a dense tensor of its shape and dtype, which shares no memory with x.
 

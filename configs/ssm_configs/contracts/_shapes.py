@@ -18,6 +18,15 @@ def expect_dtype(name: str, got: str, legal: Sequence[str]) -> None:
         raise TypeError(f"{name}: expected dtype {' or '.join(legal)}, got {got}")
 
 
+def check_null_slot(null_slot: object) -> None:
+    if null_slot is None:
+        return
+    if isinstance(null_slot, bool) or not isinstance(null_slot, int):
+        raise TypeError(f"null_slot: expected an int or None, got {type(null_slot).__name__}")
+    if not -(2**31) <= null_slot < 2**31:
+        raise ValueError(f"null_slot: expected a slot number of 32 bits, got {null_slot}")
+
+
 def expect_shape(name: str, got: Shape, *options: Mapping[str, int]) -> int:
     """The index of the option whose sizes `got` has; each option maps the dims' names to their sizes, in order."""
     for index, option in enumerate(options):

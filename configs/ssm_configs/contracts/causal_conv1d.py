@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from ._shapes import Shape, expect_rank, expect_same_dtype, expect_shape, format_shape, given_arguments
+from ._shapes import Shape, check_null_slot, expect_rank, expect_same_dtype, expect_shape, format_shape, given_arguments
 
 WIDTHS = (2, 3, 4, 5, 6)
 ACTIVATIONS = (None, "silu", "swish")
@@ -90,7 +90,7 @@ def check_prefill(
         if "initial_state" in given:
             expect_shape("initial_state", given["initial_state"], {"N_seq": N_seq, "W-1": W - 1, "D": D})
             expect_same_dtype("initial_state", "x", dtypes)
-    _check_null_slot(null_slot)
+    check_null_slot(null_slot)
     return Dims(B, T, D, W, N_seq, S, L, packed, _rows(T, D, N_seq, packed, sizes, chunk_size))
 
 
@@ -114,7 +114,7 @@ def check_update(
             raise ValueError(f"conv_state: expected at least one slot for each of {N_seq} sequences, got S={S}")
     if "num_accepted_tokens" in given:
         expect_shape("num_accepted_tokens", given["num_accepted_tokens"], {"N_seq": N_seq})
-    _check_null_slot(null_slot)
+    check_null_slot(null_slot)
     return Dims(1, T, D, W, N_seq, S, L, packed, T)
 
 
@@ -148,11 +148,6 @@ def _check_pool(given: Mapping[str, Shape], dtypes: Mapping[str, str | None], D:
     # A state is a copy of inputs, bit for bit.
     expect_same_dtype("conv_state", "x", dtypes)
     return pool[0], pool[1]
-
-
-def _check_null_slot(null_slot: object) -> None:
-    if null_slot is not None and (isinstance(null_slot, bool) or not isinstance(null_slot, int)):
-        raise TypeError(f"null_slot: expected an int or None, got {type(null_slot).__name__}")
 
 
 def _rows(T: int, D: int, N_seq: int, packed: bool, sizes: Sequence[int] | None, chunk_size: int | None) -> int:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from ._shapes import (
     Shape,
     check_chunk_size,
+    check_null_slot,
     chunks,
     expect_dtype,
     expect_positive,
@@ -240,8 +241,7 @@ def _check_slots(given: Mapping[str, Shape], N_seq: int, S: int, null_slot: obje
         if S < N_seq:
             raise ValueError(f"state: expected at least one slot for each of {N_seq} sequences, got S={S}")
         return 1
-    if null_slot is not None and (isinstance(null_slot, bool) or not isinstance(null_slot, int)):
-        raise TypeError(f"null_slot: expected an int or None, got {type(null_slot).__name__}")
+    check_null_slot(null_slot)
     slots = {"N_seq": N_seq}
     if "num_accepted_tokens" in given:
         expect_shape("num_accepted_tokens", given["num_accepted_tokens"], slots)

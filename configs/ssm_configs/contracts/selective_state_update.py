@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ._shapes import FLOATS, INTEGERS, Shape, expect_dtype, expect_rank, expect_shape, format_shape
+from ._shapes import FLOATS, INTEGERS, Shape, check_null_slot, expect_dtype, expect_rank, expect_shape, format_shape
 
 STATE_DTYPES = FLOATS
 # Tensors that every call has, and those that it may have, in the order of the signature.
@@ -139,8 +139,7 @@ def _check_slots(given: Mapping[str, Shape], N_seq: int, S: int, null_slot: int 
         if S < N_seq:
             raise ValueError(f"state: expected at least one slot for each of {N_seq} sequences, got S={S}")
         return 1
-    if null_slot is not None and (isinstance(null_slot, bool) or not isinstance(null_slot, int)):
-        raise TypeError(f"null_slot: expected an int or None, got {type(null_slot).__name__}")
+    check_null_slot(null_slot)
     sequences = {"N_seq": N_seq}
     T_max = 1
     if "num_accepted_tokens" in given:
