@@ -6,6 +6,7 @@ import os
 import torch
 import triton
 import triton.language as tl
+from triton import knobs
 
 from ssm_configs import Device
 
@@ -26,7 +27,7 @@ def tuning_device(device: torch.device) -> Device:
         return _cuda_device(torch.cuda.current_device() if device.index is None else device.index)
     if device.type == "xpu":
         return Device(torch.xpu.get_device_name(device))
-    if device.type == "cpu" and triton.knobs.runtime.interpret:
+    if device.type == "cpu" and knobs.runtime.interpret:
         name = os.environ.get("SSM_DEVICE_NAME")
         return Device(name) if name else INTERPRETED_DEVICE
     raise ValueError(
