@@ -45,10 +45,10 @@ def tuning_device_of(name: str, device: torch.device) -> Device:
 
 def check_products(name: str, tensor: torch.Tensor) -> None:
     """TypeError where products of such a tensor would be wrong without an error: bfloat16 in Triton 3.6's interpreter."""
-    if tensor.device.type == "cpu" and tensor.dtype is torch.bfloat16 and not _multiplies_bfloat16():
+    if knobs.runtime.interpret and tensor.dtype is torch.bfloat16 and not _multiplies_bfloat16():
         raise TypeError(
-            f"{name}: expected float32 or float16 on a CPU, got bfloat16, of which Triton's interpreter multiplies the bits "
-            "and not the values"
+            f"{name}: expected float32 or float16 under TRITON_INTERPRET=1, got bfloat16, of which Triton's interpreter "
+            "multiplies the bits and not the values"
         )
 
 
