@@ -1,6 +1,6 @@
 """From JAX arrays to what the contracts check. Nothing here runs on a device or waits for one."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from ssm_configs.contracts.selective_state_update import INDICES, Dims
+from ssm_configs.contracts.selective_state_update import INDICES
 
 ARRAYS = (jax.Array, np.ndarray, np.generic)
 
@@ -21,14 +21,10 @@ def check_arrays(arrays: Mapping[str, Any], kinds: tuple[type, ...] = ARRAYS) ->
     return {name: array for name, array in arrays.items() if array is not None}
 
 
-def checked(check: Callable[..., Dims], arrays: Mapping[str, Any], null_slot: Any, stochastic_rounding: bool) -> Dims:
-    """`check` on the arrays' shapes and dtype names."""
-    return check(
-        {name: tuple(array.shape) for name, array in arrays.items()},
-        {name: jnp.dtype(array.dtype).name for name, array in arrays.items()},
-        null_slot=null_slot,
-        stochastic_rounding=stochastic_rounding,
-    )
+def shapes_and_dtypes(arrays: Mapping[str, Any]) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
+    """What the contracts check: shapes, and the dtypes' names, also of those that are JAX's own (of random keys)."""
+    shapes = {name: tuple(array.shape) for name, array in arrays.items()}
+    return shapes, {name: array.dtype.name for name, array in arrays.items()}
 
 
 def check_slot_values(arrays: Mapping[str, Any], dims: Any, names: Sequence[str] = INDICES[:2]) -> None:
@@ -60,6 +56,9 @@ def index_array(array: Any) -> jax.Array | None:
     if array.dtype == jnp.int32:
         return jnp.asarray(array)
     limits = np.iinfo(np.int32)
+    if not isinstance(array, jax.Array):
+        # As NumPy's, for JAX would first cut it to 32 bits.
+        return jnp.asarray(np.clip(array, limits.min, limits.max).astype(np.int32))
     return jnp.clip(array, limits.min, limits.max).astype(jnp.int32)
 
 

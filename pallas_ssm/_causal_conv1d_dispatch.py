@@ -81,7 +81,9 @@ def prepare_prefill(
         if not isinstance(sizes, tuple | list):
             raise TypeError(f"sizes: expected a tuple of ints, got {type(sizes).__name__}")
         sizes = tuple(sizes)
-    dims = contract.check_prefill(*_shapes_and_dtypes(arrays), null_slot=null_slot, sizes=sizes, chunk_size=chunk_size)
+    dims = contract.check_prefill(
+        *_arguments.shapes_and_dtypes(arrays), null_slot=null_slot, sizes=sizes, chunk_size=chunk_size
+    )
     silu = contract.silu_asked(activation)
     _arguments.check_slot_values(arrays, dims, ("state_indices",))
     return Prepared(Static(PREFILL, dims, silu, null_slot, sizes or (dims.D,), chunk_size), arrays)
@@ -100,7 +102,7 @@ def prepare_update(
     """Checks a call of `causal_conv1d_update`. `kinds`: what may stand for an array."""
     required = ("x", "conv_state", "weight")
     arrays = _check_arrays({"x": x, "conv_state": conv_state, "weight": weight, **others}, required, kinds)
-    dims = contract.check_update(*_shapes_and_dtypes(arrays), null_slot=null_slot)
+    dims = contract.check_update(*_arguments.shapes_and_dtypes(arrays), null_slot=null_slot)
     silu = contract.silu_asked(activation)
     _arguments.check_slot_values(arrays, dims, ("conv_state_indices",))
     return Prepared(Static(UPDATE, dims, silu, null_slot), arrays)
@@ -112,11 +114,6 @@ def _check_arrays(arrays: Mapping[str, Any], required: tuple[str, ...], kinds: t
         if name not in given:
             raise TypeError(f"{name}: expected an array, got None")
     return given
-
-
-def _shapes_and_dtypes(arrays: Mapping[str, Any]) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
-    shapes = {name: tuple(array.shape) for name, array in arrays.items()}
-    return shapes, {name: jnp.dtype(array.dtype).name for name, array in arrays.items()}
 
 
 def choose(prepared: Prepared, implementation: str | None) -> Choice:

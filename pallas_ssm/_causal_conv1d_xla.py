@@ -10,8 +10,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from ._activations_xla import silu
 from ._causal_conv1d_call import Floats, Integers, Static
-from ._numerics import silu
 
 
 class Sequences(NamedTuple):
@@ -167,7 +167,8 @@ def _packed(static: Static, floats: Floats, sequences: Sequences) -> jax.Array:
 
 def _mark(y: jax.Array, padding: jax.Array, good: jax.Array) -> jax.Array:
     """Zero for padding, NaN for what would lie past the end of the pool."""
-    return jnp.where(padding, 0.0, jnp.where(good, y, jnp.nan))
+    # NaN nowhere else, not even on the way: `jax.debug_nans` would see it.
+    return jnp.where(good | padding, jnp.where(padding, 0.0, y), jnp.nan)
 
 
 def _inputs(x: jax.Array, sequences: Sequences, row: jax.Array) -> jax.Array:

@@ -21,6 +21,8 @@ class Target(NamedTuple):
     """"gpu", "cpu", ..., or "interpreter": a CPU on which Mosaic GPU's interpreter runs the kernels."""
     device: Device | None
     """The device whose tables serve it; None where no kernel of ours can run."""
+    varying: bool = False
+    """Whether it is part of a `jax.shard_map` with check_vma=True and not the same on all devices."""
 
 
 def interpreting() -> bool:
@@ -35,18 +37,20 @@ def target(arrays: Iterable[Any]) -> Target:
     argument has no device: for a program that `jax.jit` compiles for another one than the default (or ahead of time, for
     a topology), set `jax.default_device` to it, which JAX's own lowering asks for too.
     """
+    arrays = tuple(arrays)
+    varying = any(isinstance(array, Tracer) and jax.typeof(array).manual_axis_type.varying for array in arrays)
     device = _committed(arrays) or jax.config.jax_default_device
     if device is None or isinstance(device, str):
         device = jax.devices(device)[0]
     # A program for a GPU is compiled, not interpreted, whatever the interpreter is told.
     if device.platform == "cpu" and interpreting():
         name = os.environ.get("SSM_DEVICE_NAME")
-        return Target("interpreter", Device(name) if name else INTERPRETED_DEVICE)
+        return Target("interpreter", Device(name) if name else INTERPRETED_DEVICE, varying)
     if device.platform != "gpu":
         return Target(device.platform, None)
     capability = getattr(device, "compute_capability", None)
     major, _, minor = str(capability or "").partition(".")
-    return Target("gpu", Device(device.device_kind, (int(major), int(minor)) if minor.isdigit() else None))
+    return Target("gpu", Device(device.device_kind, (int(major), int(minor)) if minor.isdigit() else None), varying)
 
 
 def _committed(arrays: Iterable[Any]) -> Any:

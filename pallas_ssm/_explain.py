@@ -15,11 +15,12 @@ from . import _selective_state_update_dispatch as ssu
 from . import _selective_state_update_launch as ssu_launch
 from . import gdn, ssd
 from ._arguments import ARRAYS
+from .causal_conv1d import causal_conv1d, causal_conv1d_split
+from .causal_conv1d_update import causal_conv1d_update
 from .gdn import _dispatch as gdn_dispatch
 from .gdn import _recurrent_dispatch as gdn_recurrent
+from .selective_state_update import selective_state_update
 from .ssd import _dispatch as ssd_dispatch
-
-_SSU_OPTIONS = dict.fromkeys((*ssu.contract.OPTIONAL, "null_slot", "rounding_seed"))
 
 
 @dataclass(frozen=True)
@@ -53,13 +54,18 @@ def explain(op: str, *args: Any, implementation: str | None = None, **kwargs: An
             array.
         implementation: as for the operator, whose errors are raised here too.
     """
-    if op not in _OPS:
+    if not isinstance(op, str) or op not in _OPS:
         raise ValueError(f"op: expected one of {tuple(_OPS)}, got {op!r}")
-    return _OPS[op](op, implementation, *args, **kwargs, kinds=(*ARRAYS, jax.ShapeDtypeStruct))
+    function, explained = _OPS[op]
+    # As the operator takes them, and with its defaults.
+    given = inspect.signature(function).bind(*args, **kwargs)
+    given.apply_defaults()
+    del given.arguments["implementation"]
+    return explained(op, implementation, **given.arguments, kinds=(*ARRAYS, jax.ShapeDtypeStruct))
 
 
-def _selective_state_update(op: str, implementation: str | None, *args: Any, **kwargs: Any) -> Explanation:
-    prepared = ssu.prepare(*args, **{**_SSU_OPTIONS, "dt_softplus": False, **kwargs})
+def _selective_state_update(op: str, implementation: str | None, **given: Any) -> Explanation:
+    prepared = ssu.prepare(**given)
     choice = ssu.choose(prepared, implementation)
     if choice.launch is None:
         return Explanation(op, choice.implementation, choice.reason)
@@ -68,9 +74,9 @@ def _selective_state_update(op: str, implementation: str | None, *args: Any, **k
     return Explanation(op, choice.implementation, choice.reason, choice.launch, ssm_configs.explain(op, **request))
 
 
-def _convolution(op: str, implementation: str | None, *args: Any, **kwargs: Any) -> Explanation:
+def _convolution(op: str, implementation: str | None, **given: Any) -> Explanation:
     prepare = conv.prepare_update if op == conv_launch.UPDATE else conv.prepare_prefill
-    prepared = prepare(*args, **kwargs)
+    prepared = prepare(**given)
     choice = conv.choose(prepared, implementation)
     if choice.launch is None:
         return Explanation(op, choice.implementation, choice.reason)
@@ -80,33 +86,31 @@ def _convolution(op: str, implementation: str | None, *args: Any, **kwargs: Any)
     return Explanation(op, choice.implementation, choice.reason, choice.launch, ssm_configs.explain(table, **request))
 
 
-def _ssd(op: str, implementation: str | None, *args: Any, kinds: Any, **kwargs: Any) -> Explanation:
-    name = op.rpartition(".")[2]
-    given = inspect.signature(getattr(ssd, name)).bind(*args, **kwargs).arguments
-    stage = {} if op == ssd_dispatch.COMBINED else {"op": name}
-    prepare = ssd_dispatch.prepare_stage if stage else ssd_dispatch.prepare_combined
-    choice = ssd_dispatch.choose(prepare(**stage, **given, kinds=kinds), implementation)
-    lookup = None if choice.request is None else ssm_configs.explain(op, **choice.request)
-    return Explanation(op, choice.implementation, choice.reason, choice.launch, lookup)
-
-
-def _gdn(op: str, implementation: str | None, *args: Any, kinds: Any, **kwargs: Any) -> Explanation:
-    name = op.rpartition(".")[2]
-    given = inspect.signature(getattr(gdn, name)).bind(*args, **kwargs).arguments
-    if op == gdn_recurrent.OP:
-        choice = gdn_recurrent.choose(gdn_recurrent.prepare(**given, kinds=kinds), implementation)
+def _ssd(op: str, implementation: str | None, **given: Any) -> Explanation:
+    if op == ssd_dispatch.COMBINED:
+        prepared = ssd_dispatch.prepare_combined(**given)
     else:
-        choice = gdn_dispatch.choose(gdn_dispatch.prepare(name, **given, kinds=kinds), implementation)
+        prepared = ssd_dispatch.prepare_stage(op.removeprefix("ssd."), **given)
+    choice = ssd_dispatch.choose(prepared, implementation)
     lookup = None if choice.request is None else ssm_configs.explain(op, **choice.request)
     return Explanation(op, choice.implementation, choice.reason, choice.launch, lookup)
 
 
-_OPS: dict[str, Callable[..., Explanation]] = {
-    **{(name if name.endswith("gated_delta_rule") else f"gdn.{name}"): _gdn for name in gdn.__all__},
-    ssu_launch.OP: _selective_state_update,
-    conv_launch.PREFILL: _convolution,
-    f"{conv_launch.PREFILL}_split": _convolution,
-    conv_launch.UPDATE: _convolution,
-    ssd_dispatch.COMBINED: _ssd,
-    **{f"ssd.{name}": _ssd for name in ssd.__all__ if name != ssd_dispatch.COMBINED},
+def _gdn(op: str, implementation: str | None, **given: Any) -> Explanation:
+    if op == gdn_recurrent.OP:
+        choice = gdn_recurrent.choose(gdn_recurrent.prepare(**given), implementation)
+    else:
+        choice = gdn_dispatch.choose(gdn_dispatch.prepare(op.removeprefix("gdn."), **given), implementation)
+    lookup = None if choice.request is None else ssm_configs.explain(op, **choice.request)
+    return Explanation(op, choice.implementation, choice.reason, choice.launch, lookup)
+
+
+_OPS: dict[str, tuple[Callable[..., Any], Callable[..., Explanation]]] = {
+    **{(n if n.endswith("gated_delta_rule") else f"gdn.{n}"): (getattr(gdn, n), _gdn) for n in gdn.__all__},
+    ssu_launch.OP: (selective_state_update, _selective_state_update),
+    conv_launch.PREFILL: (causal_conv1d, _convolution),
+    f"{conv_launch.PREFILL}_split": (causal_conv1d_split, _convolution),
+    conv_launch.UPDATE: (causal_conv1d_update, _convolution),
+    **{(n if n == ssd_dispatch.COMBINED else f"ssd.{n}"): (getattr(ssd, n), _ssd) for n in ssd.__all__},
 }
+"""The operator, and what explains it."""

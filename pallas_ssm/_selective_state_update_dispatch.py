@@ -70,7 +70,9 @@ def prepare(
     for name in contract.REQUIRED:
         if name not in arrays:
             raise TypeError(f"{name}: expected an array, got None")
-    dims = _arguments.checked(contract.check, arrays, null_slot, rounding_seed is not None)
+    dims = contract.check(
+        *_arguments.shapes_and_dtypes(arrays), null_slot=null_slot, stochastic_rounding=rounding_seed is not None
+    )
     _arguments.check_seed(rounding_seed, kinds)
     _arguments.check_slot_values(arrays, dims)
     return Prepared(Static(dims, dt_softplus, null_slot), arrays, rounding_seed)

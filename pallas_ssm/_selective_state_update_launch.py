@@ -68,6 +68,12 @@ def check_device(target: Target, op: str = OP) -> Device:
             else f"on {target.platform}"
         )
         raise Unsupported(f"{op}: the mosaic_gpu kernel does not run {where}; use implementation='xla' or None")
+    if target.varying:
+        # Pallas has no references to what varies (jax 0.11).
+        raise Unsupported(
+            f"{op}: the mosaic_gpu kernel does not run in a jax.shard_map with check_vma=True; give check_vma=False, or "
+            "use implementation='xla' or None"
+        )
     if target.platform == "gpu" and target.device.capability not in CAPABILITIES:
         raise Unsupported(
             f"{op}: the mosaic_gpu kernel needs compute capability {', '.join(f'{a}.{b}' for a, b in CAPABILITIES)}, "

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from . import _slots_xla
-from ._numerics import exp, silu, softplus
+from ._activations_xla import silu
+from ._numerics import exp, softplus
 from ._selective_state_update_call import Floats, Integers, Static
 from ._slots_xla import Recurrence, Result, Rows
 from ._stochastic_rounding import counter, random_bits, stochastic_round
@@ -28,7 +29,7 @@ def _recurrence(static: Static, floats: Floats, integers: Integers) -> Recurrenc
     rows = {name: array for name in _PER_TOKEN if (array := getattr(floats, name)) is not None}
     stored = partial(_stored, static, floats.state.dtype, integers.key)
     step = partial(_step, static, floats)
-    return Recurrence(static.dims, integers, static.is_padding, rows, floats.state, floats.x, step, stored)
+    return Recurrence(static.dims, integers, static.is_padding, rows, floats, floats.state, floats.x, step, stored)
 
 
 def _step(static: Static, weights: Floats, h: jax.Array, rows: Rows) -> Result:

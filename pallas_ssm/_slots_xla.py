@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from ._carries_xla import vary_alike
+
 Result = tuple[jax.Array, jax.Array]
 Rows = Mapping[str, jax.Array]
 
@@ -46,6 +48,8 @@ class Recurrence(NamedTuple):
     """Of slots."""
     rows: Rows
     """What each token has, [T,…]."""
+    weights: Any
+    """What `step` has besides."""
     state: jax.Array
     """The pool, [S,…]."""
     y: jax.Array
@@ -139,7 +143,7 @@ def _packed(r: Recurrence) -> Result:
         return i + 1, jnp.where(running[:, None, None, None], new, h), y, state
 
     h = r.state[plan.source].astype(jnp.float32)
-    start = (jnp.int32(0), h, jnp.zeros_like(r.y), r.state)
+    start = vary_alike((jnp.int32(0), h, jnp.zeros_like(r.y), r.state), (r.rows, r.weights, plan))
     longest = jnp.max(plan.length)
     _, h, y, state = lax.while_loop(lambda carry: carry[0] < longest, trip, start)
     if not speculative:
@@ -192,7 +196,8 @@ def differentiable(r: Recurrence) -> Result:
             out, h = r.step(h, {name: array[None] for name, array in row.items()})
             return h, (out[0], h[0])
 
-        _, (y, h) = lax.scan(scan_step, jnp.zeros_like(start[:1]), (place == 0, sequence, rows))
+        tokens = place == 0, sequence, rows
+        _, (y, h) = lax.scan(scan_step, vary_alike(jnp.zeros_like(start[:1]), (start, r.weights, tokens)), tokens)
     y = _mark(y, padding, plan.live[sequence] & known).astype(r.y.dtype)
     return y, r.state.at[target].set(h.astype(r.state.dtype), mode="drop")
 
@@ -204,8 +209,9 @@ def _column(flags: jax.Array, like: jax.Array) -> jax.Array:
 
 def _mark(y: jax.Array, padding: jax.Array, good: jax.Array) -> jax.Array:
     """Zero for padding, NaN for what would lie past the end of the pool."""
-    y = jnp.where(_column(good, y), y, jnp.nan)
-    return jnp.where(_column(padding, y), 0.0, y)
+    # NaN nowhere else, not even on the way: `jax.debug_nans` would see it.
+    y = jnp.where(_column(padding, y), 0.0, y)
+    return jnp.where(_column(good | padding, y), y, jnp.nan)
 
 
 def _keep(r: Recurrence, state: jax.Array, h: jax.Array, slot: jax.Array) -> jax.Array:

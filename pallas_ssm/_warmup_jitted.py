@@ -45,8 +45,13 @@ def jitted(op: str, **options: Any) -> "Jitted":
 
     Call it by keyword, which is quickest. It donates the pool that the operator returns anew. `warmup` compiles these.
     """
-    if op not in _FUNCTIONS:
+    if not isinstance(op, str) or op not in _FUNCTIONS:
         raise ValueError(f"op: expected one of {tuple(_FUNCTIONS)}, got {op!r}")
+    for name, value in options.items():
+        try:
+            hash(value)
+        except TypeError:
+            raise TypeError(f"{name}: expected a hashable option, got {type(value).__name__}") from None
     return _jitted(op, tuple(sorted(options.items())))
 
 

@@ -17,6 +17,10 @@ Shapes = dict[str, jax.ShapeDtypeStruct]
 
 def buckets(most: int, smallest: int = 16) -> list[int]:
     """Every `bucket` that sizes from 1 to `most` are padded to."""
+    if isinstance(most, bool) or not isinstance(most, int):
+        raise TypeError(f"most: expected an int, got {type(most).__name__}")
+    if most < 1:
+        raise ValueError(f"most: expected at least 1, got {most}")
     found = [bucket(1, smallest)]
     while found[-1] < most:
         found.append(bucket(found[-1] + 1, smallest))

@@ -50,7 +50,8 @@ def causal_conv1d(
         conv_state: [S,L,D] with L >= W-1, a pool that takes the place of initial_state: sequence n reads and leaves its
             state in the first W-1 rows of slot state_indices[n]. Two sequences of one call must not share a slot.
         state_indices: [N_seq]. A slot < 0 is padding: its rows of y are zero and no state is read or written.
-        has_initial_state: [N_seq] bool; where False, the sequence starts from zeros, whatever the slot holds.
+        has_initial_state: [N_seq] bool, required with conv_state; where False, the sequence starts from zeros, whatever the
+            slot holds.
         null_slot: one more slot number that means padding (vLLM's block 0).
         implementation: "mosaic_gpu" (our kernel; on a CPU under `plgpu.force_gpu_interpret_mode`), "xla" (any device and
             shape), or None: the kernel where it takes the call, else XLA. `pallas_ssm.explain` tells which, and why.

@@ -21,6 +21,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from . import _arguments
+
 
 class PerHead(NamedTuple):
     """What mamba_ssm repeats: dt [T,H,P], A [H,P,N], D [H,P], dt_bias [H,P]; here [T,H], [H], [H], [H]."""
@@ -192,14 +194,15 @@ def to_chunk_aligned(tensor: jax.Array, *, chunk_size: int, cu_seqlens: jax.Arra
     """[B,T,…] to [B,rows,…], chunk-aligned; rows that hold no token are zero."""
     _check_chunk_size(chunk_size)
     T = tensor.shape[1]
-    row = jnp.arange(chunk_size * _chunks(T, chunk_size, cu_seqlens))
-    if cu_seqlens is None:
+    row = jnp.arange(chunk_size * _chunks(T, chunk_size, cu_seqlens), dtype=jnp.int32)
+    bounds = _arguments.index_array(cu_seqlens)
+    if bounds is None:
         return _take(tensor, row, row < T)
-    first = cu_seqlens // chunk_size + jnp.arange(len(cu_seqlens))
+    first = bounds // chunk_size + jnp.arange(len(bounds), dtype=jnp.int32)
     # The last sequence whose first slot is not after the row's own.
-    n = jnp.clip(jnp.searchsorted(first, row // chunk_size, side="right") - 1, 0, max(len(cu_seqlens) - 2, 0))
-    token = cu_seqlens[n] + row - first[n] * chunk_size
-    return _take(tensor, token, token < cu_seqlens[jnp.minimum(n + 1, len(cu_seqlens) - 1)])
+    n = jnp.clip(jnp.searchsorted(first, row // chunk_size, side="right") - 1, 0, max(len(bounds) - 2, 0))
+    token = bounds[n] + row - first[n] * chunk_size
+    return _take(tensor, token, token < bounds[jnp.minimum(n + 1, len(bounds) - 1)])
 
 
 def from_chunk_aligned(
@@ -210,12 +213,13 @@ def from_chunk_aligned(
     rows = chunk_size * _chunks(tokens, chunk_size, cu_seqlens)
     if tensor.shape[1] != rows:
         raise ValueError(f"tensor: expected {rows} rows for {tokens} tokens, got shape {tuple(tensor.shape)}")
-    if cu_seqlens is None:
+    bounds = _arguments.index_array(cu_seqlens)
+    if bounds is None:
         return tensor[:, :tokens]
-    token = jnp.arange(tokens)
-    n = jnp.clip(jnp.searchsorted(cu_seqlens, token, side="right") - 1, 0, len(cu_seqlens) - 1)
-    begin = cu_seqlens[n]
-    return _take(tensor, (begin // chunk_size + n) * chunk_size + token - begin, token < cu_seqlens[-1])
+    token = jnp.arange(tokens, dtype=jnp.int32)
+    n = jnp.clip(jnp.searchsorted(bounds, token, side="right") - 1, 0, len(bounds) - 1)
+    begin = bounds[n]
+    return _take(tensor, (begin // chunk_size + n) * chunk_size + token - begin, token < bounds[-1])
 
 
 def _check_chunk_size(chunk_size: int) -> None:

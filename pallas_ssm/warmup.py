@@ -205,6 +205,8 @@ def _keep_programs(folder: str | os.PathLike) -> None:
 
 
 def _counts(argument: str, values: Iterable[Any]) -> tuple[int, ...]:
+    if not isinstance(values, Iterable):
+        raise TypeError(f"{argument}: expected a sequence of ints, got {type(values).__name__}")
     values = tuple(values)
     for value in values:
         if isinstance(value, bool) or not isinstance(value, int):

@@ -90,7 +90,9 @@ def test_every_float_argument_against_finite_differences_of_the_oracle(form):
 @pytest.mark.parametrize("form", ["pool", "speculative"])
 def test_both_implementations_have_the_same_backward_pass(form):
     by_xla, by_kernel = (gradients(*problem(form), implementation) for implementation in ("xla", "mosaic_gpu"))
-    assert all(same(by_xla[name], by_kernel[name]) for name in by_xla)
+    for name in by_xla:
+        # In two programs, where a compiler may contract products and sums in two ways.
+        np.testing.assert_allclose(by_xla[name], by_kernel[name], rtol=1e-6, atol=1e-6, err_msg=name)
 
 
 @pytest.mark.parametrize("form", ["packed", "pool", "update", "packed update"])

@@ -97,6 +97,8 @@ def test_jitted_is_one_function_for_equal_options():
     assert jnp.array_equal(plain, jax.jit(lambda: pallas_ssm.causal_conv1d(x, weight, activation="silu"))()[0])
     with pytest.raises(ValueError, match=r"op: expected one of .*, got 'scan'"):
         pallas_ssm.jitted("scan")
+    with pytest.raises(TypeError, match="sizes: expected a hashable option, got list"):
+        pallas_ssm.jitted("causal_conv1d_split", sizes=[4, 4])
 
 
 def test_every_form_and_entry_lowers():
@@ -116,6 +118,10 @@ def test_buckets():
     assert pallas_ssm.buckets(100, 64) == [64, 96, 128]
     for size in range(1, 300):
         assert pallas_ssm.bucket(size) in pallas_ssm.buckets(300)
+    with pytest.raises(ValueError, match="most: expected at least 1, got 0"):
+        pallas_ssm.buckets(0)
+    with pytest.raises(TypeError, match="most: expected an int, got float"):
+        pallas_ssm.buckets(33.5)  # pyright: ignore[reportArgumentType]
 
 
 def test_once_per_process_and_config():
@@ -182,6 +188,7 @@ def test_a_cache_directory_serves_the_next_process(tmp_path):
     (
         ({"max_tokens": 0}, ValueError, "max_tokens: expected at least 1, got 0"),
         ({"sequences": (0,)}, ValueError, "sequences: expected at least 1, got 0"),
+        ({"sequences": 4}, TypeError, "sequences: expected a sequence of ints, got int"),
         ({"threads": True}, TypeError, "threads: expected an int or None, got bool"),
         ({"processes": 0}, ValueError, "processes: expected at least 1, got 0"),
         ({"slots": 2.0}, TypeError, "slots: expected an int, got float"),

@@ -95,8 +95,7 @@ def prepare(
     if name == "chunk_o":
         options["state_layout"] = layout
     dims = op.check(
-        {name: tuple(array.shape) for name, array in given.items()},
-        {name: jnp.dtype(array.dtype).name for name, array in given.items()},
+        *_arguments.shapes_and_dtypes(given),
         **options,
     )
     _arguments.check_slot_values(given, dims, ())

@@ -63,8 +63,7 @@ def prepare(
         if name not in given:
             raise TypeError(f"{name}: expected an array, got None")
     dims = contract.check_recurrent(
-        {name: tuple(array.shape) for name, array in given.items()},
-        {name: jnp.dtype(array.dtype).name for name, array in given.items()},
+        *_arguments.shapes_and_dtypes(given),
         null_slot=null_slot,
     )
     _arguments.check_slot_values(given, dims, _SLOTS)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from .. import _slots_xla
+from .._activations_xla import sigmoid
 from .._numerics import exp, softplus
 from .._slots_xla import Recurrence, Result, Rows
 from ._recurrent_call import Floats, Integers, Static
@@ -24,9 +25,11 @@ def _recurrence(static: Static, floats: Floats, integers: Integers) -> Recurrenc
     rows = {name: getattr(floats, name) for name in ("q", "k", "v", "g", "beta")}
     state = floats.state
     step = partial(_step, static, floats)
-    return Recurrence(
-        static.dims, integers, static.is_padding, rows, state, floats.v, step, lambda S, _: S.astype(state.dtype)
-    )
+
+    def stored(S: jax.Array, _: jax.Array) -> jax.Array:
+        return S.astype(state.dtype)
+
+    return Recurrence(static.dims, integers, static.is_padding, rows, floats, state, floats.v, step, stored)
 
 
 def _step(static: Static, weights: Floats, S: jax.Array, rows: Rows) -> Result:
@@ -40,7 +43,7 @@ def _step(static: Static, weights: Floats, S: jax.Array, rows: Rows) -> Result:
             g = g + weights.dt_bias.astype(jnp.float32)
         g = -exp(weights.A_log.astype(jnp.float32)) * softplus(g)
     if static.sigmoid_beta:
-        beta = 1.0 / (1.0 + exp(-beta))
+        beta = sigmoid(beta)
     S = S * exp(g)[..., None, None]
     fresh = beta[..., None] * (rows["v"].astype(jnp.float32) - jnp.sum(S * k, axis=2))
     S = S + k * fresh[:, :, None]

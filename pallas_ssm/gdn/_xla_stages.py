@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from .._carries_xla import vary_alike
 from .._numerics import LOG2E
 from ._xla_chunks import Chunks
 from ._xla_pool import put_in_pool, take_from_pool
@@ -173,7 +174,8 @@ def pass_on(
             target = put_in_pool(target, state, now["sequence"], now["last"])
         return (state, source, target), (before, v_new)
 
-    (state, _, target), (before, v_new) = lax.scan(step, (state, source, target), steps, unroll=_UNROLL)
+    carry = vary_alike((state, source, target), steps)
+    (state, _, target), (before, v_new) = lax.scan(step, carry, steps, unroll=_UNROLL)
     return before, v_new, (state if packing is None else target) if final else None
 
 

@@ -79,7 +79,7 @@ def prepare_stage(
     names, required, check = _CHECKS[op]
     given = _check_arrays({name: arrays[name] for name in names if name in arrays}, names[:required], kinds)
     options = {"chunk_size": chunk_size} if op in ("chunk_cumsum", "bmm_chunk") else {}
-    dims = check(*_shapes_and_dtypes(given), **options)
+    dims = check(*_arguments.shapes_and_dtypes(given), **options)
     if op == "state_passing":
         if dims.packed and dims.NC < dims.N_seq:
             raise ValueError(f"states: expected a chunk slot for each of {dims.N_seq} sequences, got NC={dims.NC}")
@@ -122,7 +122,9 @@ def prepare_combined(
     }
     for name, value in flags.items():
         contract.check_flag(name, value)
-    dims = contract.check_combined(*_shapes_and_dtypes(given), chunk_size=chunk_size, chunk_aligned=chunk_aligned)
+    dims = contract.check_combined(
+        *_arguments.shapes_and_dtypes(given), chunk_size=chunk_size, chunk_aligned=chunk_aligned
+    )
     static = _combined_call.Static(
         dims=dims,
         dtype=jnp.dtype(given["x"].dtype).name,
@@ -193,11 +195,6 @@ def _check_arrays(arrays: Mapping[str, Any], required: Any, kinds: tuple[type, .
         if name not in given:
             raise TypeError(f"{name}: expected an array, got None")
     return given
-
-
-def _shapes_and_dtypes(arrays: Mapping[str, Any]) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
-    shapes = {name: tuple(array.shape) for name, array in arrays.items()}
-    return shapes, {name: jnp.dtype(array.dtype).name for name, array in arrays.items()}
 
 
 def _state_dtype(dtype: Any) -> str:

@@ -10,7 +10,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from .._numerics import silu
+from .._activations_xla import silu
+from .._carries_xla import vary_alike
 from . import _xla_chunks as layout
 from . import _xla_stages as stages
 from ._call import Static as Stage
@@ -66,7 +67,7 @@ def combined(static: Static, floats: Floats, integers: Integers) -> Results:
         return (begin + x.shape[0], passed.state, final, kept), _finish(y, x, floats.D, z)
 
     at_once = stages.chunks_at_once(dims.H, L)
-    carry = jnp.int32(0), state, final, kept
+    carry = vary_alike((jnp.int32(0), state, final, kept), (floats, integers))
     (_, state, final, kept), y = stages.over_blocks(block, carry, (x, B, C, a, dt, z, chunks.slots), at_once)
     if static.return_final_states:
         final = (state[None] if final is None else final).astype(static.state_dtype)
@@ -171,7 +172,8 @@ def _state_passing(static: Stage, floats: Arrays, chunks: Chunks) -> tuple[jax.A
         final = _pick(final, chunks.last - begin, passed.after)
         return (begin + states.shape[0], passed.state, final), jnp.concatenate(passed.before)
 
-    carry = jnp.int32(0), jnp.zeros(shape, jnp.float32), jnp.zeros((dims.N_seq, *shape), static.state_dtype)
+    final = jnp.zeros((dims.N_seq, *shape), static.state_dtype)
+    carry = vary_alike((jnp.int32(0), jnp.zeros(shape, jnp.float32), final), (floats, chunks.slots))
     given = states.reshape(chunks.S, *shape), total, chunks.slots
     (*_, final), before = stages.over_blocks(block, carry, given, stages.chunks_at_once(1, 1))
     return before.reshape(states.shape), final

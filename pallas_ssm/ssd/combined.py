@@ -70,8 +70,8 @@ def mamba_chunk_scan_combined(
         implementation: "mosaic_gpu" (our kernel; on a CPU under `plgpu.force_gpu_interpret_mode`), "xla" (any device and
             shape), or None: the kernel where it takes the call, else XLA. `pallas_ssm.explain` tells which, and why.
 
-    Differentiable in every float argument with either implementation; the backward pass is that of the XLA form. `jax.vmap`
-    works with "xla", and None takes XLA under it; "mosaic_gpu" refuses it.
+    Differentiable in every float argument with either implementation, in reverse mode; the backward pass is that of the XLA
+    form. `jax.vmap` works with "xla", and None takes XLA under it; "mosaic_gpu" refuses it.
 
     Raises:
         ValueError, TypeError: before anything runs. Under `jax.jit`, and for bounds that are on a GPU, those out of range
