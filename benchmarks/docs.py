@@ -37,8 +37,7 @@ This page is written by `python -m benchmarks docs` from the contracts, the tuni
 answers; a test fails when it is stale.
 
 `triton_ssm` runs every operator below with every option of its own on any GPU that Triton compiles for, and in Triton's
-interpreter on a CPU (`TRITON_INTERPRET=1`; not in bfloat16, see [limits.md](limits.md)). It has no gradients: asking for one is
-a clear error.
+interpreter on a CPU (`TRITON_INTERPRET=1`). It has no gradients: asking for one is a clear error.
 
 `pallas_ssm` with `implementation="xla"` runs every operator with every option of its own on any device that JAX has, and
 is differentiable. `"mosaic_gpu"` is the Pallas kernel; its backward is XLA's. `None`, the default, takes the kernel where it

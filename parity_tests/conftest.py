@@ -30,8 +30,6 @@ def pytest_configure(config: pytest.Config) -> None:
     on_gpu = "gpu" in expression.split() and "not gpu" not in expression
     runners.prepare(interpret=not on_gpu)
     if not on_gpu:
-        from . import interpret_triton  # noqa: F401
-
         _cheap_compiles()
     # A deadlock in an interpreter ignores signals; the traceback says at least where.
     faulthandler.enable()

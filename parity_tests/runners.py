@@ -59,8 +59,10 @@ def from_torch(tensor: Any) -> np.ndarray:
 def torch_runner(operator: Operator, function: Callable | None, interpret: bool) -> Runner:
     """The Triton twin, or `function` in its place, which updates in place what the twin updates in place."""
     device = "cpu" if interpret else "cuda"
-    if interpret:
-        from . import interpret_triton  # noqa: F401
+    if interpret:  # also for a candidate
+        from triton_ssm._interpreter import mend
+
+        mend()
 
     def run(arguments, keywords):
         import triton_ssm

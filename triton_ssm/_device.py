@@ -4,8 +4,6 @@ import functools
 import os
 
 import torch
-import triton
-import triton.language as tl
 from triton import knobs
 
 from ssm_configs import Device
@@ -41,27 +39,3 @@ def tuning_device_of(name: str, device: torch.device) -> Device:
         return tuning_device(device)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
-
-
-def check_products(name: str, tensor: torch.Tensor) -> None:
-    """TypeError where products of such a tensor would be wrong without an error: bfloat16 in Triton 3.6's interpreter."""
-    if knobs.runtime.interpret and tensor.dtype is torch.bfloat16 and not _multiplies_bfloat16():
-        raise TypeError(
-            f"{name}: expected float32 or float16 under TRITON_INTERPRET=1, got bfloat16, of which Triton's interpreter "
-            "multiplies the bits and not the values"
-        )
-
-
-@functools.cache
-def _multiplies_bfloat16() -> bool:
-    ones, product = torch.ones(16, 16, dtype=torch.bfloat16), torch.empty(16, 16)
-    _square_kernel[(1,)](ones, product)
-    return bool((product == 16).all())
-
-
-@triton.jit
-def _square_kernel(matrix_ptr, product_ptr):
-    i = tl.arange(0, 16)
-    place = i[:, None] * 16 + i[None, :]
-    matrix = tl.load(matrix_ptr + place)
-    tl.store(product_ptr + place, tl.dot(matrix, matrix))

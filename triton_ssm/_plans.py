@@ -64,7 +64,8 @@ class Launcher:
     def __init__(self, kernel, **options: int) -> None:
         self._kernel, self._options = kernel, options
         self._compiled: Cache[CompiledKernel] = Cache()
-        self.is_new = isinstance(kernel, JITFunction)  # the interpreter compiles nothing
+        self._interpreted = not isinstance(kernel, JITFunction)
+        self.is_new = not self._interpreted  # the interpreter compiles nothing
 
     def __call__(
         self, key: Hashable, grid: tuple[int, int, int], arguments: tuple, constants: tuple, num_warps: int
@@ -100,6 +101,10 @@ class Launcher:
         if compiled is not None:
             compiled[grid](*arguments, *constants)
         else:
+            if self._interpreted:
+                from ._interpreter import mend  # and Triton's own, which no GPU wants
+
+                mend()
             settle(self._kernel)
             compiled = self._kernel[grid](*arguments, *constants, num_warps=num_warps, **self._options)
             self.is_new = False

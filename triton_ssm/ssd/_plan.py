@@ -9,7 +9,7 @@ import torch
 from ssm_configs.contracts.ssd import Dims
 
 from .. import _arguments
-from .._device import check_products, tuning_device_of
+from .._device import tuning_device_of
 
 # Of torch.Tensor | None; which one of them is None is the contract's matter.
 Tensors = tuple[Any, ...]
@@ -86,10 +86,10 @@ def make_plan(
             tensor = tensor.contiguous()
         if name in tokens:
             strides[name] = _token_strides(tensor)
-    device = tuning_device_of(names[0], named[names[0]].device)
-    name = dtype_of or names[0]
-    check_products(name, named[name])
-    return Plan(dims, tuple(copied), strides, device, _arguments.dtype_name(named[name].dtype))
+    first = named[dtype_of or names[0]]
+    return Plan(
+        dims, tuple(copied), strides, tuning_device_of(names[0], first.device), _arguments.dtype_name(first.dtype)
+    )
 
 
 def _has_dense_tokens(tensor: torch.Tensor) -> bool:
