@@ -266,6 +266,7 @@ ERRORS = [
     ({"chunk_size": 16.0}, TypeError, "chunk_size: expected an int, got float"),
     ({"scale": "1"}, TypeError, "scale: expected a float or None, got str"),
     ({"scale": float("nan")}, ValueError, "scale: expected a finite number"),
+    ({"scale": 10**400}, ValueError, "scale: expected a finite number, got inf"),
     ({"use_qk_l2norm": 1}, TypeError, "use_qk_l2norm: expected a bool, got int"),
     ({"return_final_state": None}, TypeError, "return_final_state: expected a bool"),
     ({"precision": "bf16"}, ValueError, "precision: expected 'ieee' or 'tf32', got 'bf16'"),

@@ -89,6 +89,7 @@ def test_every_array_is_checked(op, name):
         (COMBINED, {"chunk_size": 16.0}, "chunk_size: expected an int"),
         (COMBINED, {"dt_limit": (1, 0)}, "dt_limit: expected 0 <= low <= high"),
         (COMBINED, {"dt_limit": 1}, "dt_limit: expected a pair of numbers"),
+        (COMBINED, {"dt_limit": (10**400, 1)}, "dt_limit: expected 0 <= low <= high"),
         (COMBINED, {"dt_softplus": 1}, "dt_softplus: expected a bool"),
         (COMBINED, {"return_final_states": None}, "return_final_states: expected a bool"),
         (COMBINED, {"return_intermediate_states": 0}, "return_intermediate_states: expected a bool"),

@@ -245,6 +245,7 @@ def test_prompt_errors_name_the_argument_and_touch_nothing(name):
         ),
         ((8, 8, 8, 4, 4), None, ValueError, r"sizes: expected 1 to 4"),
         ((32, 0), None, ValueError, r"sizes: expected 1 to 4 positive"),
+        ((31, True), None, ValueError, r"sizes: expected 1 to 4 positive"),
         ((32,), 24, ValueError, r"chunk_size: expected a power of two from 16 to 2048, got 24"),
         ((32,), 16.0, TypeError, r"chunk_size: expected an int or None, got float"),
         ((32,), [16], TypeError, r"chunk_size: expected an int or None, got list"),

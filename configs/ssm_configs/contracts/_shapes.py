@@ -18,6 +18,14 @@ def expect_dtype(name: str, got: str, legal: Sequence[str]) -> None:
         raise TypeError(f"{name}: expected dtype {' or '.join(legal)}, got {got}")
 
 
+def as_float(number: float) -> float:
+    """Infinite where it is an int that no float holds."""
+    try:
+        return float(number)
+    except OverflowError:
+        return float("inf") if number > 0 else float("-inf")
+
+
 def check_null_slot(null_slot: object) -> None:
     if null_slot is None:
         return

@@ -152,7 +152,7 @@ def _check_pool(given: Mapping[str, Shape], dtypes: Mapping[str, str | None], D:
 
 def _rows(T: int, D: int, N_seq: int, packed: bool, sizes: Sequence[int] | None, chunk_size: int | None) -> int:
     if sizes is not None:
-        counts = all(isinstance(size, int) and size > 0 for size in sizes)
+        counts = all(isinstance(size, int) and not isinstance(size, bool) and size > 0 for size in sizes)
         if not counts or not 1 <= len(sizes) <= MAX_PARTS or sum(sizes) != D:
             raise ValueError(
                 f"sizes: expected 1 to {MAX_PARTS} positive channel counts that add up to D={D}, got {tuple(sizes)}"

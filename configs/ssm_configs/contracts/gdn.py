@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from ._shapes import (
     Shape,
+    as_float,
     check_chunk_size,
     check_null_slot,
     chunks,
@@ -102,9 +103,10 @@ def check_scale(scale: object, K: int) -> float:
         return K**-0.5
     if isinstance(scale, bool) or not isinstance(scale, int | float):
         raise TypeError(f"scale: expected a float or None, got {type(scale).__name__}")
-    if not abs(float(scale)) < float("inf"):  # False for NaN
+    scale = as_float(scale)
+    if not abs(scale) < float("inf"):  # False for NaN
         raise ValueError(f"scale: expected a finite number, got {scale}")
-    return float(scale)
+    return scale
 
 
 def check_chunk_local_cumsum(

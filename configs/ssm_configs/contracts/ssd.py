@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from ._shapes import (
     FLOATS,
     Shape,
+    as_float,
     expect_dtype,
     expect_positive,
     expect_rank,
@@ -64,7 +65,7 @@ def check_dt_limit(dt_limit: object) -> tuple[float, float]:
     pair = tuple(dt_limit) if isinstance(dt_limit, tuple | list) else ()
     if len(pair) != 2 or not all(isinstance(end, int | float) and not isinstance(end, bool) for end in pair):
         raise TypeError(f"dt_limit: expected a pair of numbers, got {dt_limit!r}")
-    low, high = float(pair[0]), float(pair[1])
+    low, high = as_float(pair[0]), as_float(pair[1])
     if not 0 <= low <= high:  # False for NaN
         raise ValueError(f"dt_limit: expected 0 <= low <= high, got {dt_limit!r}")
     return low, high
