@@ -64,10 +64,13 @@ class Choice:
     """How the kernel is launched; None for XLA."""
 
 
+_WHOLE: Any = object()  # y, and not in parts
+
+
 def prepare_prefill(
     x: Any,
     weight: Any,
-    sizes: Any = None,
+    sizes: Any = _WHOLE,
     *,
     chunk_size: Any = None,
     activation: Any = None,
@@ -77,10 +80,7 @@ def prepare_prefill(
 ) -> Prepared:
     """Checks a call of `causal_conv1d` or, with sizes, `causal_conv1d_split`. `kinds`: what may stand for an array."""
     arrays = _check_arrays({"x": x, "weight": weight, **others}, ("x", "weight"), kinds)
-    if sizes is not None:
-        if not isinstance(sizes, tuple | list):
-            raise TypeError(f"sizes: expected a tuple of ints, got {type(sizes).__name__}")
-        sizes = tuple(sizes)
+    sizes = None if sizes is _WHOLE else contract.check_sizes(sizes)
     dims = contract.check_prefill(
         *_arguments.shapes_and_dtypes(arrays), null_slot=null_slot, sizes=sizes, chunk_size=chunk_size
     )

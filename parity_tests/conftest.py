@@ -21,7 +21,7 @@ def _cheap_compiles() -> None:
 
     jax.config.update("jax_disable_most_optimizations", True)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XLA_FLAGS", "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters", prepend=" ")
+        patch.setenv("XLA_FLAGS", runners.CHEAP_COMPILES, prepend=" ")
         xla_client.CompileOptions()  # reads them, once and for all
 
 

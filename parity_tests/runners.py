@@ -17,6 +17,9 @@ from .operators import OPERATORS, Operator
 
 Runner = Callable[[tuple[np.ndarray, ...], dict[str, Any]], dict[str, np.ndarray]]
 
+CHEAP_COMPILES = "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters"
+"""Of XLA_FLAGS, for code that runs once on a CPU."""
+
 
 def prepare(interpret: bool | None = None) -> bool:
     """Chooses interpreters or GPU (by default: a GPU if `nvidia-smi` is there); True for interpreters."""

@@ -9,13 +9,14 @@ from pathlib import Path
 import pallas_ssm
 import triton_ssm
 
+from .runners import CHEAP_COMPILES
+
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "layers.md").read_text("utf-8")
 EXAMPLES = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
 # Devices that JAX makes of the CPU, and what `conftest` does for this process: cheap compiles.
 CPU = {
-    "XLA_FLAGS": "--xla_force_host_platform_device_count=2 "
-    "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters",
+    "XLA_FLAGS": f"--xla_force_host_platform_device_count=2 {CHEAP_COMPILES}",
     "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
 }
 

@@ -193,6 +193,7 @@ PREFILL_ERRORS = {
     ),
     "sizes": ({"sizes": lambda k: (32, 16)}, ValueError, r"sizes: expected .* positive channel counts that add up to D=64"),
     "sizes type": ({"sizes": lambda k: 64}, TypeError, r"sizes: expected a tuple of ints, got int"),
+    "no sizes": ({"sizes": lambda k: None}, TypeError, r"sizes: expected a tuple of ints, got NoneType"),
     "chunk_size": (
         {"sizes": lambda k: (64,), "chunk_size": lambda k: 24}, ValueError, r"chunk_size: expected a power of two"
     ),

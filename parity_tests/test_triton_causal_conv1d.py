@@ -251,6 +251,7 @@ def test_prompt_errors_name_the_argument_and_touch_nothing(name):
         ((32,), [16], TypeError, r"chunk_size: expected an int or None, got list"),
         (32, None, TypeError, r"sizes: expected a tuple of ints, got int"),
         ("32", None, TypeError, r"sizes: expected a tuple of ints, got str"),
+        (None, None, TypeError, r"sizes: expected a tuple of ints, got NoneType"),
         ((16.0, 16), None, ValueError, r"sizes: expected 1 to 4 positive channel counts"),
     ],
 )

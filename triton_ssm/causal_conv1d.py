@@ -100,9 +100,7 @@ def causal_conv1d_split(
     All else as in `causal_conv1d`.
     """
     tensors = (x, weight, bias, initial_state, cu_seqlens, conv_state, state_indices, has_initial_state)
-    if not isinstance(sizes, Sequence) or isinstance(sizes, str):
-        raise TypeError(f"sizes: expected a tuple of ints, got {type(sizes).__name__}")
-    return _run(tensors, activation, null_slot, tuple(sizes), chunk_size, None)
+    return _run(tensors, activation, null_slot, contract.check_sizes(sizes), chunk_size, None)
 
 
 _LAUNCH = Launcher(causal_conv1d_kernel)

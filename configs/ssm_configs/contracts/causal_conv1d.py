@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from ._shapes import Shape, check_null_slot, expect_rank, expect_same_dtype, expect_shape, format_shape, given_arguments
 
@@ -148,6 +149,13 @@ def _check_pool(given: Mapping[str, Shape], dtypes: Mapping[str, str | None], D:
     # A state is a copy of inputs, bit for bit.
     expect_same_dtype("conv_state", "x", dtypes)
     return pool[0], pool[1]
+
+
+def check_sizes(sizes: object) -> tuple[Any, ...]:
+    """Of parts, in a tuple; what is in it `check_prefill` looks at."""
+    if not isinstance(sizes, tuple | list):
+        raise TypeError(f"sizes: expected a tuple of ints, got {type(sizes).__name__}")
+    return tuple(sizes)
 
 
 def _rows(T: int, D: int, N_seq: int, packed: bool, sizes: Sequence[int] | None, chunk_size: int | None) -> int:
