@@ -150,7 +150,7 @@ def inverse(A: np.ndarray) -> np.ndarray:
         plgpu.commit_smem()
         for r in range(2):
             X, A21 = _fused_inverse.get(blocks, r)
-            out.at[r][...] = _fused_inverse.merge(X, A21, terms, jnp.float32)
+            out.at[r][...] = _fused_inverse.merge(X, A21, terms)
 
     kernel = plgpu.kernel(
         body, out_type=jax.ShapeDtypeStruct(A.shape, jnp.float32),

@@ -57,7 +57,7 @@ def plan(static: Static, arrays: Mapping[str, Any], device: Device) -> Launch:
     else:
         shape = _shape(static, launch, dtype)
         if max(shape.tiles.shape[0], shape.loop_blocks) > _MAX_COUNT:
-            reason = "takes up to 2^31 - 1 tiles of q, k, w, u and P"
+            reason = "takes up to 2^31 - 1 tiles of Y and M"
     if reason is not None:
         raise Unsupported(f"{OP}: the mosaic_gpu kernel {reason}")
     return launch
@@ -71,7 +71,8 @@ def run(
     bounds = {} if cu_seqlens is None else {"cu_seqlens": cu_seqlens}
     chunks = chunked(dims.T, CHUNK, dims.N_seq, cu_seqlens)
     gates = {name: chunks.split(floats[name].astype(jnp.float32)) for name in ("g", "beta")}
-    prepared = _fused_prepare.run(shape, {name: floats[name] for name in "qkv"} | gates | bounds)
+    keys = {name: floats[name] for name in "qk"}
+    prepared = keys | {"v": floats["v"]} | _fused_prepare.run(shape, keys | gates | bounds)
     outputs = {"o": jax.ShapeDtypeStruct(floats["v"].shape, floats["v"].dtype)}
     if static.return_final_state:
         outputs["final"] = jax.ShapeDtypeStruct((dims.N_seq, dims.H_v, dims.V, dims.K), jnp.float32)

@@ -122,8 +122,8 @@ def _product(left: list[jax.Array], right: Any, rows: Any) -> jax.Array:
     return pl.run_scoped(multiply, ACC((ROWS, HALF), jnp.float32))
 
 
-def merge(X: jax.Array, A: jax.Array, terms: Any, dtype: Any) -> jax.Array:
-    """The inverse, rounded.
+def merge(X: jax.Array, A: jax.Array, terms: Any) -> jax.Array:
+    """The inverse.
 
     `X`: the inverses of its blocks, folded; `A`: A21 in the lower half, in the upper half anything.
     """
@@ -133,6 +133,4 @@ def merge(X: jax.Array, A: jax.Array, terms: Any, dtype: Any) -> jax.Array:
     _put(terms, middle)
     corner = _product(_split(X), terms, pl.ds(HALF, HALF))
     zero = plgpu.layout_cast(jnp.zeros((ROWS, HALF), jnp.float32), LAYOUT)
-    halves = jnp.where(first, X, -corner), jnp.where(first, zero, X)
-    # Apart, for LLVM would round number by number and select then.
-    return jnp.concatenate([half.astype(dtype) for half in lax.optimization_barrier(halves)], axis=1)
+    return jnp.concatenate([jnp.where(first, X, -corner), jnp.where(first, zero, X)], axis=1)

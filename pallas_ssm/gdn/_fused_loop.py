@@ -2,14 +2,15 @@
 
 Two warpgroups, tied by barriers and never to the block as a whole:
 
-    carry   S^T [64, K] in fp32 registers; with h the state before the chunk, rounded, and G the gate cumulated within it
-                v_new^T = u^T - h^T w^T
-                o^T     = scale·(exp(G)·(h^T q^T) + v_new^T P^T)
-                S^T     = exp(G_last)·S^T + (v_new·exp(G_last - G))^T k
-    feed    tiles of `_fused_prepare` by TMA, `stages` chunks ahead, and o out
+    carry   S^T [64, K] in fp32 registers; with h the state before the chunk, rounded, and by `_fused_prepare` the chunk's
+            M, Y and weights a, b and c
+                r^T = v^T - b·(h^T k^T)     what the state before does not know of v
+                o^T = a·(h^T q^T) + r^T M^T
+                S^T = c·S^T + r^T Y
+    feed    tiles of the caller's and of `_fused_prepare`'s by TMA, `stages` chunks ahead, and o out
 
-Transposed, the state and v_new are left operands, which wgmma takes from registers: neither passes through shared memory.
-What is rounded to q's dtype: h, v_new, v_new·exp(G_last - G) and o.
+Transposed, the state and r are left operands, which wgmma takes from registers: neither passes through shared memory.
+What is rounded to q's dtype: h, r and o.
 """
 
 from types import SimpleNamespace
@@ -24,27 +25,24 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from .._branches import choose_role, either, when
 from ..ssd._fused_tiles import operand, rem
 from ..ssd._tiles import ACC, ACROSS, COLUMNS, LAYOUT, ROWS, across, indices, load, store_rows, tiles
-from ._fused_shape import CHUNK, GROWN, LEFT, Shape
-
-# How the operands of a chunk come, apart from the counting of heads: tiles of w, u, q, k and P, and the gates.
-_COPIES = 6
+from ._fused_shape import CHUNK, KEY, LEFT, QUERY, Shape
 
 
 def run(shape: Shape, arrays: dict[str, jax.Array], outputs: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
-    """`arrays`: what `_fused_prepare` writes, initial_state [N_seq,H_v,V,K] and cu_seqlens where there are any.
-    `outputs`: o, and final [N_seq,H_v,V,K] where it is wanted.
+    """`arrays`: q, k and v as the caller has them, what `_fused_prepare` writes, initial_state [N_seq,H_v,V,K] and cu_seqlens
+    where there are any. `outputs`: o, and final [N_seq,H_v,V,K] where it is wanted.
     """
     stages, widths, dtype = shape.stages, shape.widths, shape.dtype
     scratch = {
-        "w_s": operand(stages, widths, dtype=dtype),
-        "q_s": operand(stages, widths, dtype=dtype),
-        "k_s": operand(stages, widths, dtype=dtype),
-        "u_s": operand(stages, dtype=dtype),
-        "P_s": operand(stages, dtype=dtype),
-        "gates_s": plgpu.SMEM((stages, 2, CHUNK), jnp.float32),
+        "q_s": tiles(stages, widths, dtype=dtype),
+        "k_s": tiles(stages, widths, dtype=dtype),
+        "v_s": tiles(stages, dtype=dtype),
+        "Y_s": operand(stages, widths, dtype=dtype),
+        "M_s": operand(stages, dtype=dtype),
+        "weights_s": plgpu.SMEM((stages, 3, CHUNK), jnp.float32),
         "o_s": tiles(stages, dtype=dtype, linear=True),
-        # The last arrival: o's tile has been read, and may be written again.
-        "full": plgpu.Barrier(num_arrivals=_COPIES + 1, num_barriers=stages),
+        # Tiles of q, k and v, then Y, M and the weights; the last arrival: o's tile has been read, and may be written again.
+        "full": plgpu.Barrier(num_arrivals=2 * widths + 1 + 3 + 1, num_barriers=stages),
         "empty": plgpu.Barrier(num_barriers=stages),
     }
     names = (*arrays, *outputs, *scratch)
@@ -141,19 +139,17 @@ class _Loop:
     def fetch(self, c: jax.Array) -> None:
         refs, shape, dims = self.refs, self.shape, self.dims
         at, chunk = rem(c, shape.stages), self.slot + c
-        head, head_k = chunk * dims.H_v + self.h, chunk * dims.H_k + self.h_k
-        full = refs.full.at[at]
-        for name, first in (
-            ("w", head * shape.widths),
-            ("k", head_k * shape.widths),
-            ("q", head_k * shape.widths),
-        ):
-            source = refs.tiles.at[pl.ds(shape.first(name) + first, shape.widths)]
-            plgpu.copy_gmem_to_smem(source, getattr(refs, f"{name}_s").at[at], full)
-        for name, tile in (("u", head * shape.parts + self.part), ("P", head)):
-            source = refs.tiles.at[shape.first(name) + tile]
-            plgpu.copy_gmem_to_smem(source, getattr(refs, f"{name}_s").at[at], full)
-        plgpu.copy_gmem_to_smem(refs.gates.at[head], refs.gates_s.at[at], full)
+        head = chunk * dims.H_v + self.h
+        full, rows = refs.full.at[at], pl.ds(self.begin + c * CHUNK, ROWS)
+        for i in range(shape.widths):
+            columns = pl.ds(i * COLUMNS, COLUMNS)
+            plgpu.copy_gmem_to_smem(refs.k.at[self.b, rows, self.h_k, columns], refs.k_s[0].at[at, i], full)
+            plgpu.copy_gmem_to_smem(refs.q.at[self.b, rows, self.h_k, columns], refs.q_s[0].at[at, i], full)
+        plgpu.copy_gmem_to_smem(refs.v.at[self.b, rows, self.h, self.columns], refs.v_s[0].at[at], full)
+        Y = refs.tiles.at[pl.ds(shape.first("Y") + head * shape.widths, shape.widths)]
+        plgpu.copy_gmem_to_smem(Y, refs.Y_s.at[at], full)
+        plgpu.copy_gmem_to_smem(refs.tiles.at[shape.first("M") + head], refs.M_s.at[at], full)
+        plgpu.copy_gmem_to_smem(refs.weights.at[head], refs.weights_s.at[at], full)
 
     def store(self, c: jax.Array) -> None:
         """o of chunk c to where it belongs, once the chunk is done."""
@@ -195,28 +191,28 @@ class _Loop:
         at = rem(c, shape.stages)
         plgpu.barrier_wait(refs.full.at[at])
 
-        def products(corrected: Any, carried: Any, own: Any, *ends: Any) -> tuple[jax.Array, ...]:
-            total = refs.gates_s[at, GROWN, CHUNK - 1]
+        def products(known: Any, carried: Any, own: Any, *ends: Any) -> tuple[jax.Array, ...]:
+            left = refs.weights_s[at, LEFT, 0]
             operands = [s.astype(dtype) for s in S]
             for s, end in zip(S, ends, strict=True):
-                end[...] = s * total
+                end[...] = s * left
             for k, s in enumerate(operands):
-                plgpu.wgmma(corrected, s, refs.w_s.at[at, k].transpose((1, 0)))
+                plgpu.wgmma(known, s, refs.k_s[1].at[at, k].transpose((1, 0)))
             for k, s in enumerate(operands):
-                plgpu.wgmma(carried, s, refs.q_s.at[at, k].transpose((1, 0)))
-            u = load(refs.u_s.at[at].transpose((1, 0)), layout=LAYOUT).astype(jnp.float32)
-            grown, until_end = (load(refs.gates_s.at[at, row], layout=ACROSS) for row in (GROWN, LEFT))
-            fresh = u - plgpu.wgmma_accumulator_load(corrected, wait_n=len(S))
+                plgpu.wgmma(carried, s, refs.q_s[1].at[at, k].transpose((1, 0)))
+            v = load(refs.v_s[1].at[at].transpose((1, 0)), layout=LAYOUT).astype(jnp.float32)
+            a, b = (load(refs.weights_s.at[at, row], layout=ACROSS) for row in (QUERY, KEY))
+            r = v - plgpu.wgmma_accumulator_load(known, wait_n=len(S)) * across(b, ROWS)
             if shape.may_end_short:
-                # No token, no value, though the state it met were infinite.
-                fresh = jnp.where(indices(1) < self.left(c), fresh, 0.0)
-            v_new, weighted = fresh.astype(dtype), (fresh * across(until_end, ROWS)).astype(dtype)
-            plgpu.wgmma(own, v_new, refs.P_s.at[at].transpose((1, 0)))
+                # What is another sequence's may be NaN, and the state it is compared with infinite.
+                r = jnp.where(indices(1) < self.left(c), r, 0.0)
+            r = r.astype(dtype)
+            plgpu.wgmma(own, r, refs.M_s.at[at].transpose((1, 0)))
             for k, end in enumerate(ends):
-                plgpu.wgmma(end, weighted, refs.k_s.at[at, k])
+                plgpu.wgmma(end, r, refs.Y_s.at[at, k])
             within = plgpu.wgmma_accumulator_load(own, wait_n=len(ends))
             since = plgpu.wgmma_accumulator_load(carried, wait_n=len(ends))
-            self.emit(c, (since * across(grown, ROWS) + within) * shape.static.scale)
+            self.emit(c, since * across(a, ROWS) + within)
             return tuple(end[...] for end in ends)
 
         tile = ACC((ROWS, COLUMNS), jnp.float32)

@@ -1,9 +1,15 @@
 """The first kernel: all of a chunk that needs no state, for one or two value heads of a key head. One warpgroup a block.
 
-    G = cumsum(g)    P = mask_{j<=i}(q_i·k_j·exp(G_i - G_j))    A = mask_{j<i}(beta_i·k_i·k_j·exp(G_i - G_j))
-    w = (I + A)^-1 (beta·exp(G)·k)      u = (I + A)^-1 (beta·v)
+    G = cumsum(g)    x, y: 1/|q|, 1/|k| with use_qk_l2norm, else 1
+    A = mask_{j<i}(beta_i·y_i·y_j·k_i·k_j·exp(G_i - G_j))              X = (I + A)^-1·diag(beta)
+    P = mask_{j<=i}(scale·x_i·y_j·q_i·k_j·exp(G_i - G_j))              M = P·X
+    d = y·exp(G_last - G)                                              Y = (diag(d)·X)^T·k
+    a = scale·x·exp(G)    b = y·exp(G)    c = exp(G_last)
 
-What is rounded to q's dtype: q and k where they are normalised; P; the inverse; beta·exp(G)·k and beta·v as operands; w and u.
+With r = v - b·(k·h), h the state before the chunk, X·r is what the delta rule writes for each token; so o = a·(q·h) + M·r and
+the state after the chunk is c·h + Y^T·r. Neither v nor a product with it is needed here.
+
+What is rounded to q's dtype: P, X, diag(d)·X, M and Y. Norms are factors in fp32.
 Shared memory and registers are few enough for two blocks an SM: one waits for its tiles or its rows while the other computes.
 """
 
@@ -19,32 +25,33 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from .._branches import when
 from .._numerics import exp
 from ..ssd._fused_tiles import operand, rem
-from ..ssd._tiles import ACC, ACROSS, COLUMNS, DOWN, LAYOUT, ROWS, across, down, indices, load, locate, tiles
+from ..ssd._tiles import ACC, ACROSS, COLUMNS, DOWN, LAYOUT, ROWS, across, clear_rows, down, indices, load, locate, tiles
 from . import _fused_inverse as inverse
-from ._fused_shape import CHUNK, GROWN, LEFT, Shape
+from ._fused_shape import CHUNK, KEY, LEFT, QUERY, Shape
 
 _EPS = 1e-6
-# Tiles of w or u that are kept in registers at a time.
-_PAIR = 2
+# X and diag(d)·X, and as many of Y at most.
+_TILES = 2
 
 
 def run(shape: Shape, arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    """`arrays`: q, k and v as the caller has them; g and beta in fp32, [NC,B,H_v,64] and zero where no token is; cu_seqlens."""
+    """`arrays`: q and k as the caller has them; g and beta in fp32, [NC,B,H_v,64] and zero where no token is; cu_seqlens."""
     dims, dtype = shape.static.dims, shape.dtype
     outputs = {
         "tiles": shape.tiles,
-        "gates": jax.ShapeDtypeStruct((shape.chunks * dims.H_v, 2, CHUNK), jnp.float32),
+        "weights": jax.ShapeDtypeStruct((shape.chunks * dims.H_v, 3, CHUNK), jnp.float32),
     }
     scratch = {
-        "q_s": tiles(shape.widths, dtype=dtype),
+        # q; then the heads' P; then M in their place.
+        "q_s": tiles(max(shape.widths, shape.heads), dtype=dtype),
         "k_s": tiles(shape.widths, dtype=dtype),
-        "v_s": tiles(shape.parts, dtype=dtype),
-        # P leaves before the merges.
-        "P_s": plgpu.RefUnion(operand(dtype=dtype), inverse.terms_scratch()),
         "A_s": inverse.blocks_scratch(),
+        # Of one head after the other: a merge's terms; then X and diag(d)·X; then Y.
+        "X_s": plgpu.RefUnion(inverse.terms_scratch(), operand(_TILES, dtype=dtype)),
         "g_s": plgpu.SMEM((shape.heads, CHUNK), jnp.float32),
+        "beta_s": plgpu.SMEM((shape.heads, CHUNK), jnp.float32),
+        "norm_s": plgpu.SMEM((CHUNK,), jnp.float32),
         "ready": plgpu.Barrier(num_arrivals=2 * shape.widths),
-        "v_ready": plgpu.Barrier(num_arrivals=shape.parts),
     }
 
     def body(*refs: Any) -> None:
@@ -88,154 +95,125 @@ class _Prepare:
 
     def prepare(self) -> None:
         own, shape = self.own, self.shape
-        heads = range(shape.heads)
-        self.fetch(self.given.q, self.h_k, own.q_s, own.ready)
-        self.fetch(self.given.k, self.h_k, own.k_s, own.ready)
-        self.fetch(self.given.v, self.first, own.v_s, own.v_ready)
-        betas = [load(self.given.beta.at[self.slot, self.b, self.first + r], layout=DOWN) for r in heads]
-        gates = [self.cumulate(r) for r in heads]
-        plgpu.commit_smem()
+        self.fetch(self.given.q, own.q_s)
+        self.fetch(self.given.k, own.k_s)
+        gates = [self.cumulate(r) for r in range(shape.heads)]
         plgpu.barrier_wait(own.ready)
-        self.tidy(own.q_s[1])
-        self.tidy(own.k_s[1])
+        if self.dims.packed:
+            for tile in (own.q_s, own.k_s):
+                clear_rows(tile[1], self.where.length)
         plgpu.commit_smem()
-        when(rem(self.first, self.dims.H_v // self.dims.H_k) == 0)(self.keep)
-        vectors = list(zip(betas, gates, strict=True))
-        self.triangles(vectors)
+        qk, kk, norm = self.products()
+        # Every warp has read all of q.
+        plgpu.commit_smem()
+        heads = [(beta, G, self.weigh(r, *norm, G, last)) for r, (beta, G, last) in enumerate(gates)]
+        self.for_heads(lambda r, beta, G, _: self.triangles(r, qk, kk, beta, G), heads)
         plgpu.commit_smem()
         inverse.substitute(own.A_s)
         plgpu.commit_smem()
-
-        def finish(r: jax.Array, beta: jax.Array, G: jax.Array) -> None:
-            X, A = inverse.get(own.A_s, r)
-            # What has left makes room: q for rows of k, P for the terms of the merge, and the head before for the next.
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            plgpu.commit_smem()
-            when(r > 0)(lambda: self.fetch(self.given.v, self.first + r, own.v_s, own.v_ready))
-            self.multiply(r, inverse.merge(X, A, own.P_s[1], shape.dtype), beta, G)
-
-        self.for_heads(finish, vectors)
+        self.for_heads(self.finish, heads)
         plgpu.wait_smem_to_gmem(0)
 
-    def for_heads(self, do: Any, vectors: list[tuple[jax.Array, jax.Array]]) -> None:
-        """`do(r, beta, G)`, as a loop: code twice as long takes twice as long to make ready."""
+    def for_heads(self, do: Any, vectors: list[tuple[jax.Array, ...]]) -> None:
+        """`do(r, beta, G, d)`, as a loop: code twice as long takes twice as long to make ready."""
 
-        def step(r: jax.Array, vectors: list[tuple[jax.Array, jax.Array]]) -> list[tuple[jax.Array, jax.Array]]:
+        def step(r: jax.Array, vectors: list[tuple[jax.Array, ...]]) -> list[tuple[jax.Array, ...]]:
             do(r, *vectors[0])
             return vectors[1:] + vectors[:1]
 
         lax.fori_loop(0, self.shape.heads, step, vectors)
 
-    def fetch(self, source: Any, head: Any, target: Any, barrier: Any) -> None:
-        for i in range(target[0].shape[0]):
-            rows = source.at[self.b, pl.ds(self.where.begin, ROWS), head, pl.ds(i * COLUMNS, COLUMNS)]
-            plgpu.copy_gmem_to_smem(rows, target[0].at[i], barrier)
+    def fetch(self, source: Any, target: Any) -> None:
+        for i in range(self.shape.widths):
+            rows = source.at[self.b, pl.ds(self.where.begin, ROWS), self.h_k, pl.ds(i * COLUMNS, COLUMNS)]
+            plgpu.copy_gmem_to_smem(rows, target[0].at[i], self.own.ready)
 
-    def cumulate(self, r: int) -> jax.Array:
-        """G of a head, down the rows; across the columns it goes through shared memory. To the second kernel: its exp."""
+    def cumulate(self, r: int) -> tuple[jax.Array, ...]:
+        """(beta, G, G_last) of a head, down the rows; beta and G across the columns go through shared memory."""
         head = self.first + r
+        beta = load(self.given.beta.at[self.slot, self.b, head], layout=DOWN)
         g = across(load(self.given.g.at[self.slot, self.b, head], layout=ACROSS), ROWS)
         G, last = jnp.sum(jnp.where(indices(0) >= indices(1), g, 0.0), axis=1), jnp.sum(g, axis=1)
         self.own.g_s.at[r][...] = G
-        gates = self.out.gates.at[self.chunk * self.dims.H_v + head]
-        gates.at[GROWN][...] = exp(G)
-        gates.at[LEFT][...] = exp(last - G)
-        return G
+        self.own.beta_s.at[r][...] = beta
+        return beta, G, last
 
-    def real(self, tile: jax.Array) -> jax.Array:
-        """Other sequences' rows become zero, by a select: they may be NaN. (Behind the arrays' own end TMA has put zeros.)"""
-        if not self.dims.packed:
-            return tile
-        return jnp.where(indices(0) < self.where.length, tile, jnp.zeros_like(tile))
-
-    def tidy(self, tiles: Any) -> None:
-        """q or k as all that follows wants it."""
-        if not self.dims.packed and not self.shape.static.use_qk_l2norm:
-            return
-        rows = [self.real(load(tiles.at[i], layout=LAYOUT)) for i in range(self.shape.widths)]
-        if self.shape.static.use_qk_l2norm:
-            wide = [row.astype(jnp.float32) for row in rows]
-            squares = sum(jnp.sum(row * row, axis=1) for row in wide)
-            factor = down(lax.rsqrt(squares + _EPS), COLUMNS)
-            rows = [(row * factor).astype(self.shape.dtype) for row in wide]
-        for i, row in enumerate(rows):
-            tiles.at[i][...] = row
-
-    def keep(self) -> None:
-        """q and k for the second kernel."""
-        first = (self.chunk * self.dims.H_k + self.h_k) * self.shape.widths
-        for name, source in (("q", self.own.q_s), ("k", self.own.k_s)):
-            at = self.shape.first(name) + first
-            plgpu.copy_smem_to_gmem(source[1], self.out.tiles.at[pl.ds(at, self.shape.widths)])
-
-    def triangles(self, vectors: list[tuple[jax.Array, jax.Array]]) -> None:
-        """P to where it belongs, A to shared memory."""
+    def products(self) -> tuple[jax.Array, jax.Array, tuple[jax.Array, jax.Array]]:
+        """q·k^T and k·k^T of rows of length 1 (as far as they are to be), q's with the scale; and by what q and k are short."""
         own, shape = self.own, self.shape
 
-        def products(qk: Any, kk: Any) -> tuple[jax.Array, jax.Array]:
+        def multiply(qk: Any, kk: Any) -> tuple[jax.Array, ...]:
             for i in range(shape.widths):
                 plgpu.wgmma(qk, own.q_s[1].at[i], own.k_s[1].at[i].transpose((1, 0)))
                 plgpu.wgmma(kk, own.k_s[1].at[i], own.k_s[1].at[i].transpose((1, 0)))
-            return qk[...], kk[...]
+            # Under the products.
+            norm = self.norm(own.q_s[1]) * shape.static.scale, self.norm(own.k_s[1])
+            own.norm_s[...] = norm[1]
+            plgpu.commit_smem()
+            return qk[...], kk[...], *norm
 
         tile = ACC((ROWS, ROWS), jnp.float32)
-        qk, kk = pl.run_scoped(products, tile, tile)
-        i, j = indices(0), indices(1)
+        qk, kk, q_norm, k_norm = pl.run_scoped(multiply, tile, tile)
+        keys = across(load(own.norm_s, layout=ACROSS), ROWS)
+        return qk * down(q_norm, ROWS) * keys, kk * down(k_norm, ROWS) * keys, (q_norm, k_norm)
 
-        def one(r: jax.Array, beta: jax.Array, G: jax.Array) -> None:
-            # Masked before the exp: gates may be of either sign.
-            difference = jnp.where(i >= j, down(G, ROWS) - across(load(own.g_s.at[r], layout=ACROSS), ROWS), 0.0)
-            decay = exp(difference)
+    def norm(self, tiles: Any) -> jax.Array:
+        """Of the rows of q or k, its reciprocal; or one."""
+        if not self.shape.static.use_qk_l2norm:
+            return plgpu.layout_cast(jnp.ones((ROWS,), jnp.float32), DOWN)
+        squares = [load(tiles.at[i], layout=LAYOUT).astype(jnp.float32) ** 2 for i in range(self.shape.widths)]
+        return lax.rsqrt(sum(jnp.sum(square, axis=1) for square in squares) + _EPS)
 
-            @when(r > 0)
-            def _():
-                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                plgpu.commit_smem()
+    def weigh(self, r: int, q_norm: jax.Array, k_norm: jax.Array, G: jax.Array, last: jax.Array) -> jax.Array:
+        """a, b and c of a head to the second kernel; returns d."""
+        weights = self.out.weights.at[self.chunk * self.dims.H_v + self.first + r]
+        grown = exp(G)
+        weights.at[QUERY][...] = q_norm * grown
+        weights.at[KEY][...] = k_norm * grown
+        weights.at[LEFT][...] = exp(last)
+        return k_norm * exp(last - G)
 
-            # Apart, for LLVM would round number by number and select then.
-            P = lax.optimization_barrier(jnp.where(i >= j, qk * decay, 0.0))
-            own.P_s[0][...] = P.astype(shape.dtype)
-            plgpu.commit_smem()
-            at = shape.first("P") + self.chunk * self.dims.H_v + self.first + r
-            plgpu.copy_smem_to_gmem(own.P_s[0], self.out.tiles.at[at])
-            A = lax.optimization_barrier(jnp.where(i > j, kk * down(beta, ROWS) * decay, 0.0))
-            # Without a second head the first is inverted twice.
-            for copy in range(0, 2, shape.heads):
-                inverse.put(own.A_s, r + copy, A)
+    def triangles(self, r: jax.Array, qk: jax.Array, kk: jax.Array, beta: jax.Array, G: jax.Array) -> None:
+        """P and A of a head to shared memory."""
+        own, i, j = self.own, indices(0), indices(1)
+        # Masked before the exp: gates may be of either sign.
+        decay = exp(jnp.where(i >= j, down(G, ROWS) - across(load(own.g_s.at[r], layout=ACROSS), ROWS), 0.0))
+        # Apart, for LLVM would round number by number and select then.
+        P, A = lax.optimization_barrier(
+            (jnp.where(i >= j, qk * decay, 0.0), jnp.where(i > j, kk * down(beta, ROWS) * decay, 0.0))
+        )
+        own.q_s[1].at[r][...] = P.astype(self.shape.dtype)
+        # Without a second head the first is inverted twice.
+        for copy in range(0, 2, self.shape.heads):
+            inverse.put(own.A_s, r + copy, A)
 
-        self.for_heads(one, vectors)
+    def finish(self, r: jax.Array, beta: jax.Array, G: jax.Array, d: jax.Array) -> None:
+        """M and Y of a head to where they belong."""
+        own, shape = self.own, self.shape
+        X, A = inverse.get(own.A_s, r)
+        # What has left makes room for the terms.
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        X = inverse.merge(X, A, own.X_s[0]) * across(load(own.beta_s.at[r], layout=ACROSS), ROWS)
+        plain, weighted = own.X_s[1].at[0], own.X_s[1].at[1]
+        plain[...] = X.astype(shape.dtype)
+        weighted[...] = (X * down(d, ROWS)).astype(shape.dtype)
+        plgpu.commit_smem()
 
-    def multiply(self, r: jax.Array, X: jax.Array, beta: jax.Array, G: jax.Array) -> None:
-        """w and u of one head. The operands and then the results lie where q and v were."""
-        own, shape, dtype = self.own, self.shape, self.shape.dtype
+        def multiply(M: Any, *Y: Any) -> list[jax.Array]:
+            plgpu.wgmma(M, own.q_s[1].at[r], plain)
+            for i, y in enumerate(Y):
+                plgpu.wgmma(y, weighted.transpose((1, 0)), own.k_s[1].at[i])
+            return [sums[...].astype(shape.dtype) for sums in (M, *Y)]
+
+        tile = ACC((ROWS, COLUMNS), jnp.float32)
+        M, *Y = pl.run_scoped(multiply, tile, *[tile] * shape.widths)
+        # Every warp reads all of an operand: none may be written before the last has.
+        plgpu.commit_smem()
+        own.q_s[1].at[r][...] = M
+        for i, y in enumerate(Y):
+            own.X_s[1].at[i][...] = y
+        plgpu.commit_smem()
         index = self.chunk * self.dims.H_v + self.first + r
-
-        def rows_of(source: Any, i: int, weight: jax.Array) -> jax.Array:
-            wide = self.real(load(source[1].at[i], layout=LAYOUT)).astype(jnp.float32)
-            return (wide * down(weight, COLUMNS)).astype(dtype)
-
-        def product(operand: Any) -> jax.Array:
-            def multiply(sums: Any) -> jax.Array:
-                plgpu.wgmma(sums, X, operand)
-                return sums[...]
-
-            return pl.run_scoped(multiply, ACC((ROWS, COLUMNS), jnp.float32)).astype(dtype)
-
-        for name, source, target, count, weight in (
-            ("w", own.k_s, own.q_s, shape.widths, beta * exp(G)),
-            ("u", own.v_s, own.v_s, shape.parts, beta),
-        ):
-            if source is own.v_s:
-                plgpu.barrier_wait(own.v_ready)
-            for i in range(count):
-                target[1].at[i][...] = rows_of(source, i, weight)
-            plgpu.commit_smem()
-            for i in range(0, count, _PAIR):
-                pair = range(i, min(i + _PAIR, count))
-                results = [product(target[1].at[i]) for i in pair]
-                # Every warp reads all of an operand: none may be written before the last has.
-                plgpu.commit_smem()
-                for i, result in zip(pair, results, strict=True):
-                    target[1].at[i][...] = result
-            plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(target[1], self.out.tiles.at[pl.ds(shape.first(name) + index * count, count)])
+        plgpu.copy_smem_to_gmem(own.q_s[1].at[r], self.out.tiles.at[shape.first("M") + index])
+        at = pl.ds(shape.first("Y") + index * shape.widths, shape.widths)
+        plgpu.copy_smem_to_gmem(own.X_s[1].at[pl.ds(0, shape.widths)], self.out.tiles.at[at])

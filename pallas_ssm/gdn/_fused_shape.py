@@ -16,8 +16,8 @@ from ..ssd._tiles import COLUMNS
 from ._call import Static
 
 CHUNK = 64
-# Rows of a chunk's gates, with G the gate cumulated within the chunk: exp(G), and exp(G_last - G).
-GROWN, LEFT = range(2)
+# Rows of a chunk's weights: what a query and what a key takes of the state before the chunk, and what the chunk leaves of it.
+QUERY, KEY, LEFT = range(3)
 
 
 @dataclass(frozen=True)
@@ -34,12 +34,12 @@ class Shape:
 
     @property
     def widths(self) -> int:
-        """Tiles of a row of q, k and w."""
+        """Tiles of a row of q, k and Y."""
         return self.static.dims.K // COLUMNS
 
     @property
     def parts(self) -> int:
-        """Tiles of a row of v and u."""
+        """Tiles of a row of v."""
         return self.static.dims.V // COLUMNS
 
     @property
@@ -64,8 +64,7 @@ class Shape:
     def counts(self) -> dict[str, int]:
         """Tiles of a chunk, by what they are of: one array after the other in memory."""
         dims = self.static.dims
-        keys, values = dims.H_k * self.widths, dims.H_v * self.widths
-        return {"q": keys, "k": keys, "w": values, "u": dims.H_v * self.parts, "P": dims.H_v}
+        return {"Y": dims.H_v * self.widths, "M": dims.H_v}
 
     @property
     def tiles(self) -> jax.ShapeDtypeStruct:
@@ -73,7 +72,7 @@ class Shape:
         return jax.ShapeDtypeStruct((self.chunks * sum(self.counts.values()), CHUNK, COLUMNS), self.dtype)
 
     def first(self, name: str) -> int:
-        """The first tile of q, k, w, u or P."""
+        """The first tile of Y or M."""
         names = list(self.counts)
         return self.chunks * sum(self.counts[other] for other in names[: names.index(name)])
 
