@@ -1,4 +1,5 @@
-"""`python -m benchmarks docs`: writes what in docs/ follows from the code: support.md, and the tolerances in numerics.md.
+"""`python -m benchmarks docs`: writes what in docs/ follows from code and results: support.md, the tolerances in numerics.md and
+how rows travel in tuning.md.
 
 Which implementation a call gets is asked of the package itself, for a model's shape on each device.
 """
@@ -22,6 +23,7 @@ from parity_tests.tolerances import TOLERANCES
 from ssm_configs import SPECS, OpSpec, TableWarning, shipped_tables
 
 FOLDER = Path(__file__).parents[1] / "docs"
+RESULTS = Path(__file__).parent / "results"
 BEGIN, END = "<!-- tolerances -->\n", "<!-- /tolerances -->"
 DTYPES = ("float32", "bfloat16", "float16")
 DEVICES = {
@@ -71,7 +73,14 @@ def main(arguments: argparse.Namespace) -> int:
 
 def pages() -> dict[str, str]:
     """File name -> text, as it should be."""
-    return {"support.md": support(), "numerics.md": with_tolerances((FOLDER / "numerics.md").read_text("utf-8"))}
+    from .report import sources, transferred
+
+    transfer = sources.load(RESULTS / "NVIDIA_H200").transfer
+    return {
+        "support.md": support(),
+        "numerics.md": with_tolerances((FOLDER / "numerics.md").read_text("utf-8")),
+        "tuning.md": transferred.with_table((FOLDER / "tuning.md").read_text("utf-8"), transfer),
+    }
 
 
 def with_tolerances(text: str) -> str:

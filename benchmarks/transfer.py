@@ -135,7 +135,7 @@ def run(op: BenchOp, arguments: argparse.Namespace, machine: Machine) -> int:
                 lab.forget()
     finally:  # what was measured before a crash is worth having
         path = (arguments.out or RESULTS / machine.target.table_name) / FILE
-        write(path, op.name, machine.target.table_name, environment.versions(), environment.command(), rows)
+        write(path, op.name, machine.target.table_name, _versions(op, rows), environment.command(), rows)
         print(path)
     wrong = [row for row in rows if row.wrong]
     for row in wrong:
@@ -250,6 +250,12 @@ def read(path: Path) -> dict[str, tuple[dict[str, Any], list[Row]]]:
         }
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: is no result file of `transfer`: {error!r}") from error
+
+
+def _versions(op: BenchOp, rows: Iterable[Row]) -> dict[str, str]:
+    """With that of a peer whose table was measured."""
+    used = {row.origin for row in rows}
+    return environment.versions() | {peer.name: peer.version() for peer in op.peers if peer.name in used}
 
 
 def _text(data: Mapping[str, Any]) -> str:

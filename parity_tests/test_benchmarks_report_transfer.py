@@ -1,4 +1,4 @@
-"""Rows from elsewhere: which knobs they give, what is checked before it is timed, and the file they end in."""
+"""Rows from elsewhere: which knobs they give, what is checked before it is timed, the file they end in, and what is shown."""
 
 import json
 from pathlib import Path
@@ -11,6 +11,8 @@ from benchmarks import transfer
 from benchmarks.implementations import OWN
 from benchmarks.machine import Machine
 from benchmarks.ops import OPS
+from benchmarks.report import sources, transferred
+from benchmarks.report.blocks import Source, Table
 from benchmarks.timing import Sample
 from benchmarks.tuning_log import config_of
 from ssm_configs import SPECS, Device, lookup, read_table, shipped_tables
@@ -21,6 +23,7 @@ OP = OPS["selective_state_update"]
 SPEC = SPECS[OP.name]
 H200 = Device("NVIDIA H200", (9, 0))
 STATICS = {"headdim": 64, "dstate": 128}
+ROOT = Path(__file__).parents[1]
 VLLM = Path(__file__).parent / "data" / "vllm_tables" / OP.name
 FILE = "headdim=64,dstate=128,device_name=NVIDIA_H200,cache_dtype=float32.json"
 
@@ -180,3 +183,53 @@ def test_without_a_gpu_or_a_table_nothing_is_measured(monkeypatch, tmp_path, cap
     monkeypatch.setattr(transfer, "this_machine", lambda name: machine)
     assert command.main(["transfer", OP.name, "--out", str(tmp_path)]) == 1
     assert "no table of NVIDIA_X1" in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def row(origin: str, us: float | None, size: int = 64, twin: str = "triton", **more) -> transfer.Row:
+    return transfer.Row(
+        statics=STATICS, dtype="float32", size=size, twin=twin, origin=origin, knobs={"BLOCK_SIZE_M": 4}, us=us, **more
+    )
+
+
+def measured(*rows: transfer.Row) -> sources.Measured:
+    return sources.Measured(Source("transfer.json", "NVIDIA H200", "a command", "a date", "versions"), rows)
+
+
+def tables(*rows: transfer.Row) -> list[Table]:
+    return [block for block in transferred.section(OP.name, measured(*rows)).blocks if isinstance(block, Table)]
+
+
+def test_an_own_row_that_another_beats_is_shown():
+    close = [row("own", 10.0), row("heuristic", 9.9), row("twin", 12.0)]
+    assert [table.caption for table in tables(*close)] == [
+        f"{OP.name}, time over that of the own row", f"{OP.name}, every row from elsewhere",
+    ]  # fmt: skip
+    beating = [row("own", 20.0, 128), row("heuristic", 19.0, 128), row("vllm", 16.0, 128)]
+    summary, beaten, _ = tables(*close, *beating)
+    assert "by more than 3%" in beaten.caption
+    ((sizes, _, origin, *figures, _, _),) = beaten.rows  # the fastest one alone
+    assert sizes.endswith(", 128") and (origin, figures) == ("vLLM's own table", ["20.00", "16.00", "0.80"])
+    by_rule = next(line for line in summary.rows if line[1] == "the written rule")
+    assert by_rule[2:] == ["0.97", "0.99", "0.95", "2", "0"]  # median, most, least
+    assert SPEC.size_key in transferred.section(OP.name, measured(*close)).paragraphs[0]
+
+
+def test_the_table_of_the_docs():
+    rows = [row("own", 10.0), row("heuristic", 15.0), row("device:NVIDIA_B200", 11.0), row("device:NVIDIA_GB200", 13.0)]
+    rows += [row("own", 4.0, 128), row("heuristic", None, 128, wrong="y"), row("own", 5.0, twin="pallas")]
+    text = transferred.with_table(f"a\n{transferred.BEGIN}stale\n{transferred.END}\nb\n", {"op": measured(*rows)})
+    assert text.splitlines()[4:6] == [
+        "| `op` | triton | 2 | 1.50, 1.50, 1 fail |  | 1.20, 1.30 |  |",
+        "| `op` | pallas | 1 |  |  |  |  |",
+    ]
+    assert text.startswith("a\n") and text.endswith(f"{transferred.END}\nb\n") and "stale" not in text
+    with pytest.raises(ValueError, match="expected <!-- transfer -->"):
+        transferred.with_table("no marks", {})
+    page = (ROOT / "docs" / "tuning.md").read_text("utf-8")
+    assert transferred.with_table(page, sources.load(ROOT / "benchmarks" / "results" / "NVIDIA_H200").transfer) == page
+
+
+def test_the_version_of_a_peer_whose_table_was_measured(monkeypatch):
+    monkeypatch.setattr(type(OP.peers[0]), "version", lambda peer: f"that of {peer.name}")
+    found = transfer._versions(OP, [row("own", 1.0), row("vllm", 1.0)])
+    assert found["vllm"] == "that of vllm" and found.keys() - transfer._versions(OP, [row("own", 1.0)]) == {"vllm"}
