@@ -122,7 +122,7 @@ def test_where_the_fused_kernels_take_no_call_the_stages_run(monkeypatch):
 SERVED = Dims(B=1, T=100, H_k=1, H_v=2, K=128, V=128, L=64, NC=2, N_seq=1, packed=False)
 UNSERVED: list[dict[str, Any]] = [
     {"T": 0}, {"N_seq": 0, "packed": True}, {"L": 32}, {"K": 96}, {"K": 256}, {"V": 96}, {"V": 320},
-    {"B": 2**10, "T": 2**20, "NC": 2**14},  # 2^31 rows of w
+    {"B": 2**10, "T": 2**20, "NC": 2**14},  # 2^31 rows of Y
 ]  # fmt: skip
 
 
@@ -169,22 +169,55 @@ def test_what_the_fused_kernels_are_given(monkeypatch, packed, sms):
     with override(OP, FUSED=True, HEADS=2, num_stages=4):
         run(given, use_qk_l2norm=True)
     prepare, loop = launched["q_ptr"], launched["o_ptr"]
+    dense = {name: to_torch(given[name], "cpu") for name in "qkv"}
     slots = 73 // 64 + 3 if packed else 2
     assert prepare["grid"] == (slots * 2, 1, 1) and loop["grid"] == (
         (3 + 1 if packed else 1) * 4 * (2 if sms == 132 else 1),
         1,
         1,
     )
-    widths = {"q": (2, 64, 64), "k": (2, 64, 64), "w": (4, 64, 64), "u": (4, 128, 64), "P": (4, 64, 64)}
-    for name, (heads, width, block) in widths.items():
+    shapes = {"q": (73, 2 * 64), "k": (73, 2 * 64), "v": (73, 4 * 128)}
+    shapes |= dict.fromkeys(("PX", "Y"), (slots * 4 * 64, 64))
+    for name, shape in shapes.items():
         tiles = loop[f"{name}_desc"]
-        assert tiles.base is prepare[f"{name}_out_ptr" if name in "qk" else f"{name}_ptr"]
-        assert (tiles.shape, tiles.block_shape) == ([slots * heads * 64, width], [64, block]), name
-    assert loop["gates_desc"].base is prepare["gates_ptr"] and loop["gates_desc"].shape == [slots * 4, 128]
+        assert (tiles.shape, tiles.strides, tiles.block_shape) == ([*shape], [shape[1], 1], [64, 64]), name
+        assert torch.equal(tiles.base, dense[name]) if name in dense else tiles.base.numel() == math.prod(shape)
+        assert name == "v" or tiles.base is prepare[f"{name}_ptr"]
+    gates = loop["gates_desc"]
+    assert gates.base is prepare["gates_ptr"] and (gates.shape, gates.block_shape) == ([slots * 4 * 2, 128], [2, 128])
     assert loop["o_desc"].base is loop["o_ptr"] and loop["o_desc"].shape == [73, 4 * 128]
+    copies = [prepare[name] for name in ("q_copies", "k_copies", "g_stride", "beta_stride")]
+    assert copies == [16, 16, 4, 4] and prepare["scale"] == 64**-0.5
     sizes = {name: loop[name] for name in ("n_tokens", "n_sequences", "H_K", "H_V", "K", "V", "WARPGROUPS", "STAGES")}
     assert list(sizes.values()) == [73, 3 if packed else 1, 2, 4, 64, 128, 1 if sms == 132 else 2, 4]
-    assert loop["scale"] == 64**-0.5 and loop["final_ptr"].shape == loop["initial_ptr"].shape
+    assert loop["final_ptr"].shape == loop["initial_ptr"].shape
+
+
+def numbers(*shape: int) -> torch.Tensor:
+    return torch.arange(math.prod(shape)).reshape(shape).to(torch.bfloat16)
+
+
+READ: dict[str, tuple[torch.Tensor, int | None]] = {  # numbers from token to token; None where a copy is needed
+    "dense": (numbers(2, 5, 48), 48),
+    "one of a projection": (numbers(2, 5, 104)[..., 8:56], 104),
+    "at an odd place": (numbers(2, 5, 104)[..., 7:55], None),
+    "at odd distances": (numbers(2, 5, 101)[..., :48], None),
+    "every other token": (numbers(1, 9, 56)[:, ::2, :48], 112),
+    "batch rows further apart": (numbers(2, 9, 48)[:, :5], None),
+    "one batch row again": (numbers(1, 5, 48).expand(2, 5, 48), None),
+    "one token again": (numbers(1, 1, 48).expand(1, 5, 48), None),
+    "one token": (numbers(1, 1, 101)[..., :48], 48),
+    "one token of each row": (numbers(2, 3, 48)[:, 1:2], 144),
+}
+
+
+@pytest.mark.parametrize("rows, stride", READ.values(), ids=READ)
+def test_what_both_fused_kernels_can_read(rows, stride):
+    """Tokens at one distance, a multiple of 16 bytes; all else is copied."""
+    x = rows.unflatten(2, (3, 16))
+    found, distance = _prepare.readable(x, x.stride(0) if len(x) > 1 else 0, x.stride(1))
+    assert torch.equal(found, x) and distance == (stride or 48)
+    assert found is x if stride else found.is_contiguous() and found.data_ptr() != x.data_ptr()
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])

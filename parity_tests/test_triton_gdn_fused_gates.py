@@ -44,17 +44,14 @@ def source(
         width: (dtype, (64, width), gl.NVMMASharedLayout.get_default_for([64, width], element)) for width in (64, K)
     }
     row = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2)
-    layouts = {f"{name}_desc": tile[K] for name in "qkw"} | {f"{name}_desc": tile[64] for name in "uPo"}
-    layouts["gates_desc"] = ("fp32", (1, 128), row)
+    layouts = {f"{name}_desc": tile[K] for name in "qkY"} | {f"{name}_desc": tile[64] for name in ("v", "PX", "o")}
+    layouts["gates_desc"] = ("fp32", (2, 128), row)
     pointers = {"o_ptr": f"*{dtype}"}
     pointers |= {"initial_ptr": f"*{initial}"} if initial else {}
     pointers |= {"final_ptr": "*fp32"} if final else {}
     pointers |= {"cu_seqlens_ptr": "*i32"} if packed else {}
     constants = {"H_K": H_K, "H_V": H_V, "K": K, "V": V, "WARPGROUPS": warpgroups, "STAGES": stages}
-    built = gluon_source(gdn_loop_kernel_hopper, layouts, pointers, constants)
-    built.signature["scale"] = "fp32"
-    built.attrs.pop((gdn_loop_kernel_hopper.arg_names.index("scale"),), None)
-    return built
+    return gluon_source(gdn_loop_kernel_hopper, layouts, pointers, constants)
 
 
 def compiled_row(variant: dict[str, Any]) -> dict[str, Any]:
@@ -120,7 +117,7 @@ def test_the_loop_compiles_for_hopper():
         warpgroups = row.get("warpgroups", 1)
         assert row["local"] <= (SLACK if warpgroups == 2 else 0) and not row["said"], row
         assert row["shared"] <= SHARED_LIMIT["sm_90"], row
-        # h·w and h·q of K/16 steps each, v_new·P and v_new·k of a chunk's 64 tokens.
+        # h·k and h·q of K/16 steps each, r·PX and r·Y of a chunk's 64 tokens.
         steps = 2 * row.get("K", 128) // 16 + 2 * 64 // 16
         assert len(row["products"]) == warpgroups * steps and "RZ" not in row["products"], row
 

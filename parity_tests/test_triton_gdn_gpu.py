@@ -11,6 +11,7 @@ A pattern that this compiler gets wrong is an expected failure; one that it gets
 """
 
 import contextlib
+import math
 import warnings
 from typing import Any
 
@@ -20,6 +21,7 @@ import torch
 import triton
 import triton.language as tl
 
+import triton_ssm
 from ssm_configs import override
 
 from .cases_gdn import CHUNKED, GDN_STAGES
@@ -202,6 +204,55 @@ def test_the_whole_operator_stage_by_stage(num_warps, num_stages, dtype):
 def test_the_whole_operator_fused(heads, num_stages, dtype):
     with override(CHUNKED, FUSED=True, HEADS=heads, num_stages=num_stages):
         check(case(CHUNKED, dtype))
+
+
+def drawn(B: int, T: int, H: tuple[int, int] = (2, 4), N: int = 128) -> list[torch.Tensor]:
+    """q, k, v, g and beta."""
+    generator = torch.Generator("cuda").manual_seed(0)
+    widths = (H[0] * N, H[0] * N, H[1] * N, H[1], H[1])
+    q, k, v, g, beta = (torch.randn(B, T, width, generator=generator, device="cuda") for width in widths)
+    heads = [x.bfloat16().unflatten(2, (-1, N)) for x in (q, k, v)]
+    return [*heads, -g.abs() / 10, beta.sigmoid()]
+
+
+def fused(tensors: list[torch.Tensor], **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    with override(CHUNKED, FUSED=True):
+        o, final = triton_ssm.chunk_gated_delta_rule(*tensors, use_qk_l2norm=True, return_final_state=True, **options)
+    assert final is not None
+    return o, final
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("B", [1, 2])
+@pytest.mark.parametrize("before", [8, 3])
+def test_fused_from_views_of_one_projection(before, B):
+    """Read where they lie, or as copies, where that is no multiple of 16 bytes."""
+    q, k, v, *gates = drawn(B, 150)
+    parts = [x.flatten(2) for x in (q, k, v)]
+    nothing = torch.full_like(parts[0][..., :before], math.nan)
+    wide = torch.cat([nothing, *parts], 2)[..., before:]
+    views = [x.unflatten(2, (-1, 128)) for x in wide.split([x.shape[2] for x in parts], 2)]
+    for found, expected in zip(fused([*views, *gates]), fused([q, k, v, *gates]), strict=True):
+        assert torch.equal(found, expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("heads", [(2, 4), (32, 64)])  # one warpgroup a program, and two
+def test_fused_reads_nothing_of_others(heads):
+    """The tiles of a sequence's last chunk reach into the next sequence, the next batch row and what is nobody's."""
+    bounds = torch.tensor([0, 70, 130, 131, 200], dtype=torch.int32, device="cuda")
+    tensors = drawn(1, 220, heads)
+    spoilt = [x.clone() for x in tensors]
+    for x in spoilt:
+        x[:, 70:130], x[:, 200:] = math.nan, math.nan
+    (o, final), (bad_o, bad_final) = fused(tensors, cu_seqlens=bounds), fused(spoilt, cu_seqlens=bounds)
+    rows, sequences = [*range(70), *range(130, 200)], [0, 2, 3]
+    assert torch.equal(o[:, rows], bad_o[:, rows]) and torch.equal(final[sequences], bad_final[sequences])
+    assert not bad_o[:, 200:].any()
+    tensors = drawn(2, 70, heads)
+    (o, final), _ = fused(tensors), [x[1].fill_(math.nan) for x in tensors]
+    bad_o, bad_final = fused(tensors)
+    assert torch.equal(o[0], bad_o[0]) and torch.equal(final[0], bad_final[0])
 
 
 @pytest.mark.gpu

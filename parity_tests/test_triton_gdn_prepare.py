@@ -20,6 +20,11 @@ from ssm_configs.contracts.gdn import Dims
 from triton_ssm._numerics import LOG2E
 from triton_ssm.gdn import _prepare
 
+from .compare import error
+from .oracle import gdn as oracle
+from .runners import to_torch
+from .test_triton_gdn import draw
+
 BF16 = np.dtype(ml_dtypes.bfloat16)
 _FOLDER = Path(_prepare.__file__).parent
 
@@ -155,8 +160,9 @@ class Language:
 
     @staticmethod
     def store(pointer: Pointer, tensor: Tensor) -> None:
-        assert np.shape(pointer.offset) == tensor.shape and np.min(pointer.offset) >= 0
-        pointer.memory[pointer.offset] = tensor.value.astype(pointer.memory.dtype)
+        value = np.broadcast_to(tensor.value, np.shape(pointer.offset))
+        assert np.min(pointer.offset) >= 0
+        pointer.memory[pointer.offset] = value.astype(pointer.memory.dtype)
 
 
 def _tf32(x: np.ndarray) -> np.ndarray:
@@ -213,7 +219,11 @@ def numpy_launch(monkeypatch: pytest.MonkeyPatch) -> None:
         return Pointer(flat, tensor.storage_offset())
 
     def launch(key: Any, grid: Any, arguments: Any, constants: Any, num_warps: int) -> None:
-        given = [pointer(a) if a is None or isinstance(a, torch.Tensor) else Tensor(np.int32(a)) for a in arguments]
+        given = [
+            pointer(a) if a is None or isinstance(a, torch.Tensor)
+            else Tensor(np.float32(a) if isinstance(a, float) else np.int32(a))
+            for a in arguments
+        ]  # fmt: skip
         for Language.program in range(grid[0]):
             with np.errstate(over="ignore", invalid="ignore"):
                 KERNEL.gdn_prepare_kernel(*given, *constants)
@@ -221,46 +231,45 @@ def numpy_launch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_prepare, "_PREPARE", launch)
 
 
-def _gap(x: torch.Tensor) -> torch.Tensor:
-    """A view of it with rows that lie further apart, between NaN, at an odd place."""
+def _gap(x: torch.Tensor, before: int, behind: int) -> torch.Tensor:
+    """A view of it with rows that lie further apart, between NaN."""
     B, T, *row = x.shape
-    wide = torch.full((B, T, math.prod(row) + 3), math.nan, dtype=x.dtype)
-    wide[:, :, 1:-2] = x.reshape(B, T, -1)
-    return wide[:, :, 1:-2].unflatten(2, row)
+    wide = torch.full((B, T, before + math.prod(row) + behind), math.nan, dtype=x.dtype)
+    wide[:, :, before:-behind] = x.reshape(B, T, -1)
+    return wide[:, :, before:-behind].unflatten(2, row)
 
 
 def check(
     lengths: tuple[int, ...], *, packed: bool = False, B: int = 1, heads: int = 2, H: tuple[int, int] = (1, 2), K: int = 64,
-    V: int = 64, l2norm: bool = True, dtype: torch.dtype = torch.bfloat16, alike: bool = False, tail: int = 0,
-    gates_within: tuple[float, float] = (-0.3, 0.1), gap: bool = False,
+    l2norm: bool = True, dtype: torch.dtype = torch.bfloat16, alike: bool = False, tail: int = 0,
+    gates_within: tuple[float, float] = (-0.3, 0.1), gap: tuple[int, int] | None = None, scale: float = 0.125,
 ) -> None:  # fmt: skip
     (H_k, H_v), T, draw = H, sum(lengths) + tail, torch.Generator().manual_seed(0)
     q, k = (torch.randn(B, T, H_k, K, generator=draw) for _ in range(2))
-    v, beta = torch.randn(B, T, H_v, V, generator=draw), torch.rand(B, T, H_v, generator=draw)
+    beta = torch.rand(B, T, H_v, generator=draw)
     g = torch.empty(B, T, H_v).uniform_(*gates_within, generator=draw)
     if alike:
         k, beta, g = torch.randn(1, 1, H_k, K, generator=draw) + 0.01 * k, torch.ones_like(beta), 1e-5 * g
     if not l2norm:
         k = k / k.norm(dim=-1, keepdim=True)
-    q, k, v = (x.to(dtype) for x in (q, k, v))
-    for x in (q, k, v, g, beta):
+    q, k = (x.to(dtype) for x in (q, k))
+    for x in (q, k, g, beta):
         x[:, sum(lengths) :] = math.nan
     if gap:
-        q, k, v, g, beta = map(_gap, (q, k, v, g, beta))
+        q, k, g, beta = (_gap(x, *gap) for x in (q, k, g, beta))
     bounds = list(itertools.accumulate(lengths, initial=0))
     NC = T // 64 + len(lengths) if packed else -(-T // 64)
-    dims = Dims(B, T, H_k, H_v, K, V, 64, NC, len(lengths) if packed else B, packed)
-    tensors = {"q": q, "k": k, "v": v, "g": g, "beta": beta}
+    dims = Dims(B, T, H_k, H_v, K, 64, 64, NC, len(lengths) if packed else B, packed)
+    tensors = {"q": q, "k": k, "g": g, "beta": beta}
     strides = {name: (x.stride(0), x.stride(1)) for name, x in tensors.items()}
     slots = B * NC
-    out = [
-        torch.full((slots, h, 64, n), math.nan, dtype=dtype)
-        for h, n in ((H_k, K), (H_k, K), (H_v, K), (H_v, V), (H_v, 64))
-    ]
-    gates = torch.full((slots, H_v, 2, 64), math.nan)
+    PX, Y = (torch.full((slots, H_v, 64, n), math.nan, dtype=dtype) for n in (64, K))
+    gates = torch.full((slots, H_v, 4, 64), math.nan)
     cu_seqlens = torch.tensor(bounds, dtype=torch.int32) if packed else None
-    written: Any = (*out, gates)
-    _prepare.launch((), dims, {"HEADS": heads}, strides, l2norm, q, k, v, g, beta, cu_seqlens, *written)
+    (q, q_stride), (k, k_stride) = (_prepare.readable(tensors[name], *strides[name]) for name in "qk")
+    _prepare.launch(
+        (), dims, {"HEADS": heads}, strides, l2norm, scale, q, k, g, beta, cu_seqlens, q_stride, k_stride, PX, Y, gates
+    )
 
     if packed:
         chunks = {
@@ -274,9 +283,10 @@ def check(
     def near(got: torch.Tensor, expected: torch.Tensor, times: float = 1.0) -> None:
         assert (got.double() - expected).abs().max() <= times * tolerance * expected.abs().max().clamp_min(1e-30)
 
+    assert gates[:, :, 3].isnan().all()
     for slot in range(slots):
         if slot not in chunks:
-            assert all(x[slot].isnan().all() for x in written)
+            assert all(x[slot].isnan().all() for x in (PX, Y, gates))
             continue
         b, begin, length = chunks[slot]
         for h in range(H_v):
@@ -287,27 +297,28 @@ def check(
                 x = tensors[name][b, begin : begin + length, head].double()
                 return torch.cat([x, x.new_zeros(64 - length, *x.shape[1:])])
 
-            for name, got in (("q", out[0]), ("k", out[1])):
-                x = rows(name, group)
-                near(got[slot, group], x * (x.square().sum(-1, keepdim=True) + 1e-6).rsqrt() if l2norm else x)
-            # All else from what they are rounded to.
-            q_, k_ = (x[slot, group].double() for x in out[:2])
-            beta_, G = rows("beta", h)[:, None], rows("g", h).cumsum(0)
+            q_, k_ = rows("q", group), rows("k", group)
+            fq, fk = ((x.square().sum(-1) + 1e-6).rsqrt() if l2norm else torch.ones_like(x[:, 0]) for x in (q_, k_))
+            beta_, G = rows("beta", h), rows("g", h).cumsum(0)
+            near(gates[slot, h, 0], scale * fq * G.exp(), 0.05)
+            near(gates[slot, h, 1], fk * G.exp(), 0.05)
+            near(gates[slot, h, 2], G[-1:].exp(), 0.05)
             lower = torch.ones(64, 64, dtype=torch.bool).tril()
-            decay = torch.where(lower, G[:, None] - G[None, :], 0).exp()
-            near(out[4][slot, h], torch.where(lower, q_ @ k_.T * decay, 0))
-            near(gates[slot, h, 0], G.exp(), 0.05)
-            near(gates[slot, h, 1], (G[-1] - G).exp(), 0.05)
-            A = torch.where(lower.tril(-1), k_ @ k_.T * decay * beta_, 0)
-            X = torch.linalg.inv(torch.eye(64, dtype=torch.float64) + A).to(dtype).double()
-            near(out[2][slot, h], X @ (beta_ * G.exp()[:, None] * k_).to(dtype).double(), 2)
-            near(out[3][slot, h], X @ (beta_ * rows("v", h)).to(dtype).double(), 2)
+            decay = torch.where(lower, G[:, None] - G[None, :], 0).exp() * fk
+            P = torch.where(lower, scale * fq[:, None] * (q_ @ k_.T) * decay, 0)
+            A = torch.where(lower.tril(-1), (beta_ * fk)[:, None] * (k_ @ k_.T) * decay, 0)
+            X = torch.linalg.inv(torch.eye(64, dtype=torch.float64) + A) * beta_
+            weighted = (fk * (G[-1] - G).exp())[:, None] * X
+            near(PX[slot, h], P.to(dtype).double() @ X.to(dtype).double(), 2)
+            near(Y[slot, h], weighted.to(dtype).double().T @ k_, 2)
+            # What tokens past the end would bring.
+            assert not PX[slot, h, :, length:].any() and not Y[slot, h, length:].any()
 
 
 @pytest.mark.parametrize("heads", [1, 2])
 def test_dense(heads):
     check((100,), B=2, heads=heads, H=(2, 4))
-    check((64,), heads=heads, V=128, l2norm=False, dtype=torch.float16)
+    check((64,), heads=heads, l2norm=False, dtype=torch.float16)
 
 
 @pytest.mark.parametrize("heads", [1, 2])
@@ -318,8 +329,8 @@ def test_packed_between_nan(heads):
 
 
 def test_views_whose_tokens_lie_apart():
-    check((70,), B=2, gap=True)
-    check((3, 66), packed=True, gap=True, K=128)
+    check((70,), B=2, gap=(1, 2))
+    check((3, 66), packed=True, gap=(8, 16), K=128)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -336,6 +347,34 @@ def test_gates_of_either_sign(gates_within):
 def test_three_heads_of_a_key_head():
     """Not to be had in pairs."""
     check((20,), H=(1, 3))
+
+
+def test_what_is_made_of_it():
+    """o and the state, by the second kernel's formulas, against the recurrence."""
+    T, K, V = 150, 64, 8
+    given = draw((T,), H_k=1, H_v=2, K=K, V=V, dtype="bfloat16", initial=True)
+    q, k, v, g, beta = (to_torch(given[name], "cpu") for name in ("q", "k", "v", "g", "beta"))
+    PX, Y = (torch.full((3, 2, 64, n), math.nan, dtype=q.dtype) for n in (64, K))
+    gates = torch.full((3, 2, 4, 64), math.nan)
+    strides = {"g": (0, 2), "beta": (0, 2)}
+    dims = Dims(1, T, 1, 2, K, V, 64, 3, 1, False)
+    _prepare.launch((), dims, {"HEADS": 2}, strides, True, K**-0.5, q, k, g, beta, None, K, K, PX, Y, gates)
+    o = np.zeros((1, T, 2, V))
+    state = given["initial_state"].astype(np.float64)
+    for c, h in itertools.product(range(3), range(2)):
+        rows = slice(64 * c, min(64 * c + 64, T))
+        n = rows.stop - rows.start
+        of_q, of_k, total = gates[c, h, 0, :n, None], gates[c, h, 1, :n, None], gates[c, h, 2, 0].item()
+        S = torch.from_numpy(state[0, h])
+        r = v[0, rows, h].double() - of_k * (k[0, rows, 0].double() @ S)
+        o[0, rows, h] = of_q * (q[0, rows, 0].double() @ S) + PX[c, h, :n, :n].double() @ r
+        state[0, h] = total * S + Y[c, h, :n].double().T @ r
+    names = ("q", "k", "v", "g", "beta", "initial_state")
+    expected = oracle.chunk_gated_delta_rule(
+        *(given[name] for name in names[:5]), initial_state=given["initial_state"], use_qk_l2norm=True
+    )
+    for got, ref in zip((o, state), expected, strict=True):
+        assert error(got, ref).within(4e-3, 1e-2), error(got, ref)
 
 
 @pytest.mark.parametrize("heads", [1, 2])

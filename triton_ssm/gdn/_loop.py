@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Hashable
-from typing import Any
 
 import torch
 
@@ -13,9 +12,11 @@ from .._plans import Launcher
 from ..ssd._fused_gluon import row_tiles, tiles
 from . import _prepare
 from ._loop_kernel import COLUMNS as _COLUMNS
+from ._loop_kernel import GATE_ROWS as _GATE_ROWS
 from ._loop_kernel import gdn_loop_kernel_hopper
 
 COLUMNS: int = _COLUMNS.value
+GATE_ROWS: int = _GATE_ROWS.value
 CHUNK = _prepare.CHUNK
 _SHARED_LIMIT = 232_448
 # For barriers, and what the compiler keeps for itself.
@@ -39,19 +40,25 @@ def serves(dims: Dims, o: torch.Tensor) -> bool:
 
 
 def launch(
-    key: Hashable, dims: Dims, config: Config, scale: float,
-    q_t, k_t, w, u, P, gates, initial, final, cu_seqlens, o: torch.Tensor,
+    key: Hashable, dims: Dims, config: Config, q, k, v, q_stride: int, k_stride: int, v_stride: int,
+    PX, Y, gates, initial, final, cu_seqlens, o: torch.Tensor,
 ) -> None:  # fmt: skip
-    """o [B,T,H_v,V] and, unless None, `final` [N_seq,H_v,K,V] in fp32 of what `_prepare` wrote."""
+    """o [B,T,H_v,V] and, unless None, `final` [N_seq,H_v,K,V] in fp32 of `readable` q, k and v and what `_prepare` wrote."""
     warpgroups = warpgroups_of(dims)
     stages = max(_MIN_STAGES, min(int(config["num_stages"]), (_SHARED_LIMIT - _SPARE) // _stage_bytes(dims)))
+    rows, keys, values, of_chunks = dims.B * dims.T, dims.H_k * dims.K, dims.H_v * dims.V, Y.shape[0]
     descriptors = (
-        _tiles(q_t, dims.K), _tiles(k_t, dims.K), _tiles(w, dims.K), _tiles(u, COLUMNS), _tiles(P, CHUNK),
-        row_tiles(gates, 1), tiles(o, dims.B * dims.T, dims.H_v * dims.V, dims.H_v * dims.V, COLUMNS),
-    )  # fmt: skip
+        tiles(q, rows, q_stride, keys, dims.K),
+        tiles(k, rows, k_stride, keys, dims.K),
+        tiles(v, rows, v_stride, values, COLUMNS),
+        tiles(PX, of_chunks, CHUNK, CHUNK, CHUNK),
+        tiles(Y, of_chunks, dims.K, dims.K, dims.K),
+        row_tiles(gates, GATE_ROWS),
+        tiles(o, rows, values, values, COLUMNS),
+    )
     _LOOP(
         key, (_programs(dims, warpgroups), 1, 1),
-        (o, *descriptors, initial, final, cu_seqlens, dims.T, dims.NC, dims.N_seq, scale),
+        (o, *descriptors, initial, final, cu_seqlens, dims.T, dims.NC, dims.N_seq),
         (dims.H_k, dims.H_v, dims.K, dims.V, warpgroups, stages), 4,
     )  # fmt: skip
 
@@ -72,10 +79,5 @@ def _programs(dims: Dims, warpgroups: int) -> int:
 
 
 def _stage_bytes(dims: Dims) -> int:
-    """Of a chunk in shared memory: w, q and k, two tiles of u and o, P, and the gates."""
-    return (3 * dims.K + 2 * COLUMNS + CHUNK) * CHUNK * 2 + 2 * CHUNK * 4
-
-
-def _tiles(tensor: torch.Tensor, columns: int) -> Any:
-    rows, width = tensor.shape
-    return tiles(tensor, rows, width, width, columns)
+    """Of a chunk in shared memory: q, k and Y, two tiles of v and o, PX, and the gates."""
+    return (3 * dims.K + 2 * COLUMNS + CHUNK) * CHUNK * 2 + GATE_ROWS * 2 * CHUNK * 4

@@ -7,16 +7,20 @@ the outputs on the way.
 Two roles, tied by barriers of shared memory:
 
     carry   a warpgroup for every 64 columns, S^T [64, K] in its registers in fp32; with h the state before the chunk, rounded,
-            and G the gate cumulated within it
-                v_new^T = u^T - h^T w^T
-                o^T     = scale·(exp(G)·(h^T q^T) + v_new^T P^T)
-                S^T     = exp(G_last)·S^T + (v_new·exp(G_last - G))^T k
-    feed    one warp: tiles of `_prepare` by TMA, STAGES chunks ahead, and o out
+            and PX, Y and the gates those of `_prepare_kernel`
+                r^T = v^T - fk·exp(G)·(h^T k^T)
+                o^T = scale·fq·exp(G)·(h^T q^T) + r^T PX^T
+                S^T = exp(G_last)·S^T + r^T Y
+    feed    one warp: tiles of q, k, v, PX, Y and the gates by TMA, STAGES chunks ahead, and o out
 
-Transposed, the state and v_new are left operands, which tensor cores take from registers: neither passes through shared
-memory. One warpgroup has the shorter chain, chunk after chunk; two share all tiles but u's, and one's arithmetic runs under the
-other's products, which pays once there are more programs than SMs. Either way every number is computed alike. What is rounded
-to q's dtype: h, v_new, v_new·exp(G_last - G) and o.
+Transposed, the state and r are left operands, which tensor cores take from registers: neither passes through shared memory.
+One warpgroup has the shorter chain, chunk after chunk; two share all tiles but v's, and one's arithmetic runs under the other's
+products, which pays once there are more programs than SMs. Either way every number is computed alike. What is rounded to q's
+dtype: h, r and o.
+
+q, k and v are the caller's own, so a sequence's last tiles may have rows of others, even NaN. Those of k and v are dead columns
+of r^T, which a select clears, and the parts of PX and Y that they would meet are zero; those of q make rows of o that nobody
+stores.
 
 Hazards. A product with a register operand is waited for with that operand among `deps`, so that its registers do not serve
 again while tensor cores read them; no product is in flight over a loop's edge. One thread arrives for a warpgroup: a barrier
@@ -35,6 +39,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from ..ssd._fused_gluon_pieces import CHUNK, bound, row_of
+from ._prepare_kernel import GATE_ROWS, wide
 
 # Columns of v that one warpgroup carries.
 COLUMNS = gl.constexpr(64)
@@ -42,12 +47,13 @@ COLUMNS = gl.constexpr(64)
 
 @gluon.jit
 def _feed(
-    q_desc, k_desc, w_desc, u_desc, P_desc, gates_desc, o_desc, o_ptr,
-    q_s, k_s, w_s, u_s, P_s, gates_s, o_s, full, empty, slot, token, length, chunks, h, part,
+    q_desc, k_desc, v_desc, PX_desc, Y_desc, gates_desc, o_desc, o_ptr,
+    q_s, k_s, v_s, PX_s, Y_s, gates_s, o_s, full, empty, slot, token, length, chunks, h, part,
     H_K: gl.constexpr, H_V: gl.constexpr, K: gl.constexpr, V: gl.constexpr, WARPGROUPS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    size: gl.constexpr = (3 * K + WARPGROUPS * COLUMNS + CHUNK) * CHUNK * 2 + 2 * CHUNK * 4
-    first_column = part * (WARPGROUPS * COLUMNS)
+    size: gl.constexpr = (3 * K + WARPGROUPS * COLUMNS + CHUNK) * CHUNK * 2 + GATE_ROWS * 2 * CHUNK * 4
+    column = h * V + part * (WARPGROUPS * COLUMNS)
+    key_column = h // (H_V // H_K) * K
     for c in range(chunks + STAGES):
         stage = c % STAGES
         if c >= STAGES:
@@ -55,7 +61,6 @@ def _feed(
             mbarrier.wait(empty.index(stage), (c // STAGES & 1) ^ 1)
             fence_async_shared()
             first = (c - STAGES) * CHUNK
-            column = h * V + first_column
             for i in range(WARPGROUPS):
                 tile = o_s.index(stage * WARPGROUPS + i)
                 if length - first >= CHUNK:
@@ -66,18 +71,17 @@ def _feed(
             bar = full.index(stage)
             mbarrier.expect(bar, size)
             head = (slot + c) * H_V + h
-            row = head * CHUNK
-            key = ((slot + c) * H_K + h // (H_V // H_K)) * CHUNK
-            tma.async_copy_global_to_shared(w_desc, [row, 0], bar, w_s.index(stage))
-            tma.async_copy_global_to_shared(gates_desc, [head, 0], bar, gates_s.index(stage))
-            tma.async_copy_global_to_shared(q_desc, [key, 0], bar, q_s.index(stage))
-            tma.async_copy_global_to_shared(P_desc, [row, 0], bar, P_s.index(stage))
-            tma.async_copy_global_to_shared(k_desc, [key, 0], bar, k_s.index(stage))
-            # u says that the stage is full: o's tile has been read by then, and may be written again.
+            first = token + c * CHUNK
+            tma.async_copy_global_to_shared(k_desc, [first, key_column], bar, k_s.index(stage))
+            tma.async_copy_global_to_shared(gates_desc, [head * GATE_ROWS, 0], bar, gates_s.index(stage))
+            tma.async_copy_global_to_shared(q_desc, [first, key_column], bar, q_s.index(stage))
+            tma.async_copy_global_to_shared(PX_desc, [head * CHUNK, 0], bar, PX_s.index(stage))
+            tma.async_copy_global_to_shared(Y_desc, [head * CHUNK, 0], bar, Y_s.index(stage))
+            # v says that the stage is full: o's tile has been read by then, and may be written again.
             tma.store_wait(0)
             for i in gl.static_range(WARPGROUPS):
-                tile = u_s.index(stage * WARPGROUPS + i)
-                tma.async_copy_global_to_shared(u_desc, [row, first_column + i * COLUMNS], bar, tile)
+                tile = v_s.index(stage * WARPGROUPS + i)
+                tma.async_copy_global_to_shared(v_desc, [first, column + i * COLUMNS], bar, tile)
     tma.store_wait(0)
 
 
@@ -108,7 +112,7 @@ def _elements(K: gl.constexpr, V: gl.constexpr, layout: gl.constexpr):
 
 @gluon.jit
 def _carry(
-    q_s, k_s, w_s, u_s, P_s, gates_s, o_s, full, empty, initial_ptr, final_ptr, scale, length, chunks,
+    q_s, k_s, v_s, PX_s, Y_s, gates_s, o_s, full, empty, initial_ptr, final_ptr, length, chunks,
     K: gl.constexpr, V: gl.constexpr, WARPGROUPS: gl.constexpr, STAGES: gl.constexpr, i: gl.constexpr,
 ):  # fmt: skip
     """The warpgroup of the program's i-th columns. Pointers to states are those of the program's."""
@@ -116,7 +120,7 @@ def _carry(
     mS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, K, 16])
     aT: gl.constexpr = gl.DotOperandLayout(0, mT, 2)
     aS: gl.constexpr = gl.DotOperandLayout(0, mS, 2)
-    dtype: gl.constexpr = w_s.dtype
+    dtype: gl.constexpr = k_s.dtype
     columns = gl.arange(0, CHUNK, layout=gl.SliceLayout(0, mT))
     nothing = gl.zeros((COLUMNS, CHUNK), gl.float32, mT)
     state = gl.zeros((COLUMNS, K), gl.float32, mS)
@@ -128,32 +132,31 @@ def _carry(
         # Nothing is in flight; but where ptxas cannot see that, it waits once more at a worse place.
         state = warpgroup_mma_wait(0, deps=[state])
         before = gl.convert_layout(state.to(dtype), aT)
-        corrected = warpgroup_mma(before, w_s.index(stage).permute((1, 0)), nothing, use_acc=False, is_async=True)
+        known = warpgroup_mma(before, k_s.index(stage).permute((1, 0)), nothing, use_acc=False, is_async=True)
+        # A product with a register operand holds its warp for most of its time: what comes from memory is asked for before.
+        gates = row_of(gates_s, stage, GATE_ROWS)
+        known_gate = gates.slice(CHUNK, CHUNK).load(gl.SliceLayout(0, mT))
+        total = gl.sum(gates.slice(2 * CHUNK, 1).load(gl.BlockedLayout([1], [32], [4], [0])), axis=0)
+        v = v_s.index(stage * WARPGROUPS + i).permute((1, 0)).load(mT)
         # All warps are past the last chunk's end.
         gl.thread_barrier()
         mbarrier.arrive(empty.index((c + STAGES - 1) % STAGES), pred=c > 0)
-        # A product with a register operand holds its warp for most of its time: what comes from memory is asked for before.
-        gates = row_of(gates_s, stage, 1)
-        total = gl.sum(gates.slice(CHUNK - 1, 1).load(gl.BlockedLayout([1], [32], [4], [0])), axis=0)
-        until_end = gates.slice(CHUNK, CHUNK).load(gl.SliceLayout(0, mT))
-        u = u_s.index(stage * WARPGROUPS + i).permute((1, 0)).load(mT).to(gl.float32)
         carried = warpgroup_mma(before, q_s.index(stage).permute((1, 0)), nothing, use_acc=False, is_async=True)
-        state = state * total
-        corrected = warpgroup_mma_wait(1, deps=[corrected])
-        fresh = u - corrected
+        # With what can be had before: the compiler would compute it later, while all wait for it.
+        known, state, v = warpgroup_mma_wait(1, deps=[known, state * total, wide(v)])
+        fresh = v - known * known_gate[None, :]
         if length - c * CHUNK < CHUNK:
-            # A select: no token, no value, though the state it met were infinite.
+            # A select: no token, no value, whatever stands where it would be and though the state were infinite.
             fresh = gl.where((columns < length - c * CHUNK)[None, :], fresh, 0.0)
-        v_new = gl.convert_layout(fresh.to(dtype), aT)
-        weighted = gl.convert_layout((fresh * until_end[None, :]).to(dtype), aS)
-        within = warpgroup_mma(v_new, P_s.index(stage).permute((1, 0)), nothing, use_acc=False, is_async=True)
-        state = warpgroup_mma(weighted, k_s.index(stage), state, is_async=True)
-        carried, within, before, v_new = warpgroup_mma_wait(1, deps=[carried, within, before, v_new])
-        grown = gates.slice(0, CHUNK).load(gl.SliceLayout(0, mT))
-        o = (carried * grown[None, :] + within) * scale
+        r = gl.convert_layout(fresh.to(dtype), aT)
+        r_again = gl.convert_layout(r, aS)  # the same registers
+        within = warpgroup_mma(r, PX_s.index(stage).permute((1, 0)), nothing, use_acc=False, is_async=True)
+        state = warpgroup_mma(r_again, Y_s.index(stage), state, is_async=True)
+        carried, within, before = warpgroup_mma_wait(1, deps=[carried, within, before])
+        o = carried * gates.slice(0, CHUNK).load(gl.SliceLayout(0, mT))[None, :] + within
         o_s.index(stage * WARPGROUPS + i).permute((1, 0)).store(o.to(dtype))
         mbarrier.wait(full.index((c + 1) % STAGES), (c + 1) // STAGES & 1, pred=c + 1 < chunks)
-        state, weighted = warpgroup_mma_wait(0, deps=[state, weighted])
+        state, r, r_again = warpgroup_mma_wait(0, deps=[state, r, r_again])
     gl.thread_barrier()
     mbarrier.arrive(empty.index((chunks + STAGES - 1) % STAGES), pred=chunks > 0)
     if final_ptr is not None:
@@ -178,11 +181,11 @@ def _blank(o_ptr, begin, end, column, o_stride: gl.constexpr, WIDTH: gl.constexp
     do_not_specialize=["n_tokens", "n_chunks", "n_sequences"], do_not_specialize_on_alignment=["cu_seqlens_ptr"]
 )  # fmt: skip
 def gdn_loop_kernel_hopper(
-    o_ptr, q_desc, k_desc, w_desc, u_desc, P_desc, gates_desc, o_desc, initial_ptr, final_ptr, cu_seqlens_ptr,
-    n_tokens, n_chunks, n_sequences, scale,
+    o_ptr, q_desc, k_desc, v_desc, PX_desc, Y_desc, gates_desc, o_desc, initial_ptr, final_ptr, cu_seqlens_ptr,
+    n_tokens, n_chunks, n_sequences,
     H_K: gl.constexpr, H_V: gl.constexpr, K: gl.constexpr, V: gl.constexpr, WARPGROUPS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """o [B,T,H_v,V]; initial [N_seq,H_v,K,V] of any dtype; final the same in fp32. Programs of a head read q, k, w and P
+    """o [B,T,H_v,V]; initial [N_seq,H_v,K,V] of any dtype; final the same in fp32. Programs of a head read q, k, PX and Y
     together, through the L2 cache."""
     PARTS: gl.constexpr = V // (WARPGROUPS * COLUMNS)
     part = gl.program_id(0) % PARTS
@@ -197,15 +200,15 @@ def gdn_loop_kernel_hopper(
         end = gl.maximum(bound(cu_seqlens_ptr, gl.minimum(n + 1, n_sequences), n_tokens), begin)
         slot = (begin // CHUNK).to(gl.int32) + n
     if n < n_sequences:
-        dtype: gl.constexpr = w_desc.dtype
+        dtype: gl.constexpr = k_desc.dtype
         q_s = gl.allocate_shared_memory(dtype, [STAGES, CHUNK, K], q_desc.layout)
         k_s = gl.allocate_shared_memory(dtype, [STAGES, CHUNK, K], k_desc.layout)
-        w_s = gl.allocate_shared_memory(dtype, [STAGES, CHUNK, K], w_desc.layout)
-        u_s = gl.allocate_shared_memory(dtype, [STAGES * WARPGROUPS, CHUNK, COLUMNS], u_desc.layout)
-        P_s = gl.allocate_shared_memory(dtype, [STAGES, CHUNK, CHUNK], P_desc.layout)
-        # With two warpgroups o takes the place of u, which each warp has read of the same elements that it writes.
-        o_s = gl.allocate_shared_memory(dtype, [STAGES, CHUNK, COLUMNS], o_desc.layout) if WARPGROUPS == 1 else u_s
-        gates_s = gl.allocate_shared_memory(gl.float32, [STAGES, 1, 2 * CHUNK], gates_desc.layout)
+        v_s = gl.allocate_shared_memory(dtype, [STAGES * WARPGROUPS, CHUNK, COLUMNS], v_desc.layout)
+        PX_s = gl.allocate_shared_memory(dtype, [STAGES, CHUNK, CHUNK], PX_desc.layout)
+        Y_s = gl.allocate_shared_memory(dtype, [STAGES, CHUNK, K], Y_desc.layout)
+        # With two warpgroups o takes the place of v, which each warp has read of the same elements that it writes.
+        o_s = gl.allocate_shared_memory(dtype, [STAGES, CHUNK, COLUMNS], o_desc.layout) if WARPGROUPS == 1 else v_s
+        gates_s = gl.allocate_shared_memory(gl.float32, [STAGES, GATE_ROWS, 2 * CHUNK], gates_desc.layout)
         full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
         empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
         for s in gl.static_range(STAGES):
@@ -226,16 +229,16 @@ def gdn_loop_kernel_hopper(
             gl.warp_specialize(
                 [
                     (_carry, (
-                        q_s, k_s, w_s, u_s, P_s, gates_s, o_s, full, empty, initial_ptr, final_ptr, scale, length, chunks,
+                        q_s, k_s, v_s, PX_s, Y_s, gates_s, o_s, full, empty, initial_ptr, final_ptr, length, chunks,
                         K, V, WARPGROUPS, STAGES, 0,
                     )),
                     (_carry, (
-                        q_s, k_s, w_s, u_s, P_s, gates_s, o_s, full, empty, initial_ptr, final_ptr, scale, length, chunks,
+                        q_s, k_s, v_s, PX_s, Y_s, gates_s, o_s, full, empty, initial_ptr, final_ptr, length, chunks,
                         K, V, WARPGROUPS, STAGES, 1,
                     )),
                     (_feed, (
-                        q_desc, k_desc, w_desc, u_desc, P_desc, gates_desc, o_desc, o_ptr,
-                        q_s, k_s, w_s, u_s, P_s, gates_s, o_s, full, empty, slot, token, length, chunks, h, part,
+                        q_desc, k_desc, v_desc, PX_desc, Y_desc, gates_desc, o_desc, o_ptr,
+                        q_s, k_s, v_s, PX_s, Y_s, gates_s, o_s, full, empty, slot, token, length, chunks, h, part,
                         H_K, H_V, K, V, WARPGROUPS, STAGES,
                     )),
                 ],
@@ -246,12 +249,12 @@ def gdn_loop_kernel_hopper(
             gl.warp_specialize(
                 [
                     (_carry, (
-                        q_s, k_s, w_s, u_s, P_s, gates_s, o_s, full, empty, initial_ptr, final_ptr, scale, length, chunks,
+                        q_s, k_s, v_s, PX_s, Y_s, gates_s, o_s, full, empty, initial_ptr, final_ptr, length, chunks,
                         K, V, WARPGROUPS, STAGES, 0,
                     )),
                     (_feed, (
-                        q_desc, k_desc, w_desc, u_desc, P_desc, gates_desc, o_desc, o_ptr,
-                        q_s, k_s, w_s, u_s, P_s, gates_s, o_s, full, empty, slot, token, length, chunks, h, part,
+                        q_desc, k_desc, v_desc, PX_desc, Y_desc, gates_desc, o_desc, o_ptr,
+                        q_s, k_s, v_s, PX_s, Y_s, gates_s, o_s, full, empty, slot, token, length, chunks, h, part,
                         H_K, H_V, K, V, WARPGROUPS, STAGES,
                     )),
                 ],

@@ -18,7 +18,8 @@ _WIDTHS = (64, 128)
 _TYPES = (torch.bfloat16, torch.float16)
 # Three programs of 128 threads share an SM's 65536: one computes while others wait.
 _REGISTERS = 168
-
+# Bytes.
+_COPIED = 16
 
 _PREPARE = Launcher(gdn_prepare_kernel, maxnreg=_REGISTERS)
 
@@ -29,53 +30,56 @@ def serves(dims: Dims, dtype: torch.dtype, device: torch.device) -> bool:
     return dims.L == CHUNK and dtype in _TYPES and dims.K in _WIDTHS and dims.V in _WIDTHS
 
 
+def readable(x: torch.Tensor, batch: int, token: int) -> tuple[torch.Tensor, int]:
+    """(q, k or v [B,T,heads,width] or a dense copy of it, numbers from token to token through all batch rows).
+
+    Both kernels, of which one copies 16 bytes at a time and one by TMA, need tokens at one distance, a multiple of 16 bytes.
+    """
+    B, T, heads, width = x.shape
+    dense = heads * width
+    if T == 1:  # one has no stride to speak of
+        token = batch if B > 1 else dense
+    follow = B == 1 or batch == T * token
+    if follow and token >= dense and (token * x.element_size()) % _COPIED == x.data_ptr() % _COPIED == 0:
+        return x, token
+    return x.clone(memory_format=torch.contiguous_format), dense
+
+
 def launch(
     key: Hashable,
     dims: Dims,
     config: Mapping[str, Value],
     strides: Mapping[str, tuple[int, int]],
     use_qk_l2norm: bool,
+    scale: float,
     q: torch.Tensor,
     k: torch.Tensor,
-    v: torch.Tensor,
     g: torch.Tensor,
     beta: torch.Tensor,
     cu_seqlens: torch.Tensor | None,
-    q_t: torch.Tensor,
-    k_t: torch.Tensor,
-    w: torch.Tensor,
-    u: torch.Tensor,
-    P: torch.Tensor,
+    q_stride: int,
+    k_stride: int,
+    PX: torch.Tensor,
+    Y: torch.Tensor,
     gates: torch.Tensor,
 ) -> None:
-    """Writes q_t, k_t [slots·H_k·64, K], w [slots·H_v·64, K], u [slots·H_v·64, V], P [slots·H_v·64, 64] and gates
-    [slots·H_v, 128] in fp32, of which a row is exp(G) and then exp(G_last - G). Slots without a chunk are left alone.
+    """Writes PX [slots·H_v·64, 64], Y [slots·H_v·64, K] and, in fp32, gates [2·slots·H_v, 128]: scale·fq·exp(G) and fk·exp(G)
+    of every token in one row, exp(G_last) 64 times in the next. Slots without a chunk are left alone.
 
-    q, k, v, g and beta: as `strides` says, in tokens any distance apart. All else is dense, and q_t to P begin at multiples of
-    16 bytes.
+    q and k: `readable`. g and beta: as `strides` says, in tokens any distance apart. All else is dense, and PX and Y begin at
+    multiples of 16 bytes.
     """
     # One program takes neighbouring heads of one key head.
     heads = math.gcd(int(config["HEADS"]), dims.H_v // dims.H_k)
     programs = dims.B * dims.NC * (dims.H_v // heads)
     if not programs:
         return
-    tensors, batch, token = zip(
-        *(_readable(x, *strides[name]) for name, x in (("q", q), ("k", k), ("v", v))),
-        *((x, *strides[name]) for name, x in (("g", g), ("beta", beta))),
-        strict=True,
-    )
+    copies = (stride * q.element_size() // _COPIED for stride in (q_stride, k_stride))
+    batch, token = zip(strides["g"], strides["beta"], strict=True)
     _PREPARE(
         key,
         (programs, 1, 1),
-        (*tensors, cu_seqlens, q_t, k_t, w, u, P, gates, dims.T, dims.NC, dims.N_seq, *batch, *token),
-        (dims.H_k, dims.H_v, dims.K, dims.V, use_qk_l2norm, heads),
+        (q, k, g, beta, cu_seqlens, PX, Y, gates, dims.T, dims.NC, dims.N_seq, scale, *copies, *batch, *token),
+        (dims.H_k, dims.H_v, dims.K, use_qk_l2norm, heads),
         4,
     )
-
-
-def _readable(x: torch.Tensor, batch: int, token: int) -> tuple[torch.Tensor, int, int]:
-    """(x or a dense copy of it, its strides): what lies at multiples of 16 numbers can be copied 16 bytes at a time."""
-    if x.data_ptr() % 16 or batch % 16 or token % 16:
-        x = x.clone(memory_format=torch.contiguous_format)
-        batch, token = x.stride(0), x.stride(1)
-    return x, batch, token

@@ -2,13 +2,21 @@
 
     S[t] = exp(g[t])·S[t-1] + k[t] ⊗ beta[t]·(v[t] - (exp(g[t])·S[t-1])^T·k[t])          o[t] = scale·S[t]^T·q[t]
 
-Computed in chunks, as the stages of `triton_ssm.gdn` do, with their rounding points: q and k, where they are normalised, to
-their own dtype; the inverse to k's dtype; w, u, v_new and the state before each chunk to k's dtype; o once, to v's.
+Two paths, of which the tuning table chooses one. Stage by stage, as `triton_ssm.gdn` has them: states and v_new are written for
+all chunks, and the outputs of all chunks are computed at once. Rounded: q and k, where they are normalised, to their own dtype;
+the inverse, w, u, v_new and the state before each chunk to k's dtype; o once, to v's.
 
-Two paths, of which the tuning table chooses one. Stage by stage: states and v_new are written for all chunks, and the outputs
-of all chunks are computed at once. Fused, for Hopper: one kernel does all that needs no state, for all chunks at once, and one
-carries the states through the chunks and computes the outputs on the way. They take 16-bit inputs, chunks of 64, and K and V
-of 64 or 128; other calls go stage by stage whatever the table says, and all of them do in the interpreter.
+Fused, for Hopper: one kernel does all that needs no state, for all chunks at once (`_prepare_kernel`), and one carries the
+states through the chunks and computes the outputs on the way (`_loop_kernel`). With A the matrix of `chunk_scaled_dot_kkt`, P
+that of `chunk_o`'s products within a chunk, h the state before it, G the gate cumulated within it, and fq and fk the factors
+that make norms of q and k one:
+
+    X   = (I + A)^-1·diag(beta)    PX = P·X    Y = (diag(d)·X)^T·k, d_i = fk_i·exp(G_last - G_i)
+    r_i = v_i - fk_i·exp(G_i)·h^T k_i
+    o_i = scale·fq_i·exp(G_i)·h^T q_i + Σ_j PX_ij·r_j          h <- exp(G_last)·h + Y^T·r
+
+Rounded, to q's dtype: P; X and diag(d)·X; PX and Y; h and r; o once. Factors and sums are fp32. They take 16-bit inputs, chunks
+of 64, and K and V of 64 or 128; other calls go stage by stage whatever the table says, and all of them do in the interpreter.
 
 Source: Yang, Kautz and Hatamizadeh, Gated Delta Networks (2024); flash-linear-attention's operator of this name.
 """
@@ -148,22 +156,22 @@ def _run(
 
 
 def _run_fused(key, dims: contract.Dims, config: Config, strides, use_qk_l2norm: bool, scale: float, tensors, o, final):
-    """Between the two kernels a chunk is a tile for each head, in the order of the chunks' slots; slots that are no chunk hold
-    nothing. Rows past a sequence's end are zero."""
+    """Between the two kernels a chunk is a tile of PX and one of Y for each head, in the order of the chunks' slots; slots that
+    are no chunk hold nothing."""
     q, k, v, g, beta, initial_state, cu_seqlens = tensors
-    slots = dims.B * dims.NC
-
-    def tiles(heads: int, width: int) -> torch.Tensor:
-        return torch.empty(slots * heads * dims.L, width, dtype=q.dtype, device=q.device)
-
-    q_t, k_t = tiles(dims.H_k, dims.K), tiles(dims.H_k, dims.K)
-    w, u, P = (tiles(dims.H_v, width) for width in (dims.K, dims.V, dims.L))
-    # exp(G) of every token, then exp(G_last - G); G: the gate cumulated within the chunk.
-    gates = torch.empty(slots * dims.H_v, 2 * dims.L, dtype=torch.float32, device=q.device)
+    # Once, for both.
+    (q, q_stride), (k, k_stride), (v, v_stride) = [
+        _prepare.readable(x, *strides[name]) for name, x in (("q", q), ("k", k), ("v", v))
+    ]
+    heads = dims.B * dims.NC * dims.H_v
+    PX, Y = (torch.empty(heads * dims.L, width, dtype=q.dtype, device=q.device) for width in (dims.L, dims.K))
+    gates = torch.empty(heads * _loop.GATE_ROWS, 2 * dims.L, dtype=torch.float32, device=q.device)
     _prepare.launch(
-        key, dims, config, strides, use_qk_l2norm, q, k, v, g, beta, cu_seqlens, q_t, k_t, w, u, P, gates
-    )  # fmt: skip
-    _loop.launch(key, dims, config, scale, q_t, k_t, w, u, P, gates, initial_state, final, cu_seqlens, o)
+        key, dims, config, strides, use_qk_l2norm, scale, q, k, g, beta, cu_seqlens, q_stride, k_stride, PX, Y, gates
+    )
+    _loop.launch(
+        key, dims, config, q, k, v, q_stride, k_stride, v_stride, PX, Y, gates, initial_state, final, cu_seqlens, o
+    )
 
 
 def _stage_configs(plan: Plan, dims: contract.Dims, config: Config) -> dict[str, Config]:
