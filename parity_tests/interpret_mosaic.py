@@ -3,9 +3,9 @@
 Only what is traced inside the context is interpreted. The interpreter does not see layouts, nor the order in which blocks
 would run; those are the compile gates' and the GPU's to test.
 
-Three things that the compiler takes are missing from jax 0.11's interpreter, and are added here: wgmma with its left operand
-in registers, a value stored to an accumulator, and one tile of shared memory under two layouts (a `RefUnion` of members of one
-shape and dtype), which TMA and wgmma see as the same bytes.
+Four things that the compiler takes are missing from jax 0.11's interpreter, and are added here: wgmma with its left operand
+in registers, a value stored to an accumulator, loads and stores of a part of memory under another shape, and one tile of shared
+memory under two layouts (a `RefUnion` of members of one shape and dtype), which TMA and wgmma see as the same bytes.
 
 Two of its ways are replaced: callbacks go without the detour over JAX's arrays, and races are those of every kernel that ran,
 not of the last one alone.
@@ -24,6 +24,7 @@ from jax._src.pallas.mosaic_gpu import core, primitives
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks, jaxpr_interpret, shared_memory
 from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call as interpreter
 from jax._src.state import primitives as state_primitives
+from jax._src.state.types import ReshapeTransform
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 # A warpgroup that waits on a barrier holds one of the CPU client's threads, of which there are as many as cores: with fewer
@@ -110,6 +111,33 @@ def _swap(self: Any, eqn: Any, token: Any, get_invals: Any) -> Any:
     return token, value  # nobody reads what was there
 
 
+_get_as_is, _swap_as_is = gpu_callbacks._get, gpu_callbacks._swap
+
+
+def _without_reshape(transforms: tuple[Any, ...]) -> tuple[tuple[Any, ...], tuple[int, ...] | None]:
+    if transforms and isinstance(transforms[-1], ReshapeTransform):
+        return transforms[:-1], transforms[-1].shape
+    return transforms, None
+
+
+def _get_reshaped(token: Any, location: Any, thread: Any, key: Any, transforms: Any, *more: Any, **options: Any) -> Any:
+    transforms, shape = _without_reshape(transforms)
+    token, got = _get_as_is(token, location, thread, key, transforms, *more, **options)
+    return token, got if shape is None else got.reshape(shape)
+
+
+def _swap_reshaped(
+    token: Any, location: Any, thread: Any, key: Any, transforms: Any, value: Any, *more: Any, **options: Any
+) -> Any:
+    transforms, shape = _without_reshape(transforms)
+    if shape is not None:
+        at = jax.tree.map(int, gpu_callbacks._remove_noop_transforms(transforms))
+        own = shared_memory.HostAllocationKey.from_array(key)
+        value = np.asarray(value).reshape(gpu_callbacks._get_shared_memory().access(own, at).shape)
+    token, was = _swap_as_is(token, location, thread, key, transforms, value, *more, **options)
+    return token, was if shape is None else was.reshape(shape)
+
+
 _member_of_union = jaxpr_interpret.resolve_ref
 
 
@@ -122,6 +150,7 @@ def _resolve_ref(aval: Any, key: Any, transforms: tuple[Any, ...]) -> tuple[Any,
     return _member_of_union(aval, key, transforms)
 
 
+gpu_callbacks._get, gpu_callbacks._swap = _get_reshaped, _swap_reshaped
 jaxpr_interpret.resolve_ref = _resolve_ref
 jaxpr_interpret.JaxprInterpreter._interpret_wgmma_ref_p = _wgmma
 jaxpr_interpret.JaxprInterpreter._interpret_swap_p = _swap

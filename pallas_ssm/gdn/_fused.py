@@ -57,7 +57,7 @@ def plan(static: Static, arrays: Mapping[str, Any], device: Device) -> Launch:
     else:
         shape = _shape(static, launch, dtype)
         if max(shape.tiles.shape[0], shape.loop_blocks) > _MAX_COUNT:
-            reason = "takes up to 2^31 - 1 tiles of Y and M"
+            reason = "takes up to 2^31 - 1 tiles of Y and PX"
     if reason is not None:
         raise Unsupported(f"{OP}: the mosaic_gpu kernel {reason}")
     return launch

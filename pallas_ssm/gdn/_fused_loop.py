@@ -3,9 +3,9 @@
 Two warpgroups, tied by barriers and never to the block as a whole:
 
     carry   S^T [64, K] in fp32 registers; with h the state before the chunk, rounded, and by `_fused_prepare` the chunk's
-            M, Y and weights a, b and c
+            PX, Y and weights a, b and c
                 r^T = v^T - b·(h^T k^T)     what the state before does not know of v
-                o^T = a·(h^T q^T) + r^T M^T
+                o^T = a·(h^T q^T) + r^T PX^T
                 S^T = c·S^T + r^T Y
     feed    tiles of the caller's and of `_fused_prepare`'s by TMA, `stages` chunks ahead, and o out
 
@@ -38,10 +38,10 @@ def run(shape: Shape, arrays: dict[str, jax.Array], outputs: dict[str, jax.Shape
         "k_s": tiles(stages, widths, dtype=dtype),
         "v_s": tiles(stages, dtype=dtype),
         "Y_s": operand(stages, widths, dtype=dtype),
-        "M_s": operand(stages, dtype=dtype),
+        "PX_s": operand(stages, dtype=dtype),
         "weights_s": plgpu.SMEM((stages, 3, CHUNK), jnp.float32),
         "o_s": tiles(stages, dtype=dtype, linear=True),
-        # Tiles of q, k and v, then Y, M and the weights; the last arrival: o's tile has been read, and may be written again.
+        # Tiles of q, k and v, then Y, PX and the weights; the last arrival: o's tile has been read, and may be written again.
         "full": plgpu.Barrier(num_arrivals=2 * widths + 1 + 3 + 1, num_barriers=stages),
         "empty": plgpu.Barrier(num_barriers=stages),
     }
@@ -148,7 +148,7 @@ class _Loop:
         plgpu.copy_gmem_to_smem(refs.v.at[self.b, rows, self.h, self.columns], refs.v_s[0].at[at], full)
         Y = refs.tiles.at[pl.ds(shape.first("Y") + head * shape.widths, shape.widths)]
         plgpu.copy_gmem_to_smem(Y, refs.Y_s.at[at], full)
-        plgpu.copy_gmem_to_smem(refs.tiles.at[shape.first("M") + head], refs.M_s.at[at], full)
+        plgpu.copy_gmem_to_smem(refs.tiles.at[shape.first("PX") + head], refs.PX_s.at[at], full)
         plgpu.copy_gmem_to_smem(refs.weights.at[head], refs.weights_s.at[at], full)
 
     def store(self, c: jax.Array) -> None:
@@ -207,7 +207,7 @@ class _Loop:
                 # What is another sequence's may be NaN, and the state it is compared with infinite.
                 r = jnp.where(indices(1) < self.left(c), r, 0.0)
             r = r.astype(dtype)
-            plgpu.wgmma(own, r, refs.M_s.at[at].transpose((1, 0)))
+            plgpu.wgmma(own, r, refs.PX_s.at[at].transpose((1, 0)))
             for k, end in enumerate(ends):
                 plgpu.wgmma(end, r, refs.Y_s.at[at, k])
             within = plgpu.wgmma_accumulator_load(own, wait_n=len(ends))

@@ -47,7 +47,8 @@ class Shape:
         return self.static.dims.B * self.static.dims.NC
 
     @property
-    def prepare_blocks(self) -> int:
+    def pieces(self) -> int:
+        """Of the work that prepares."""
         return self.chunks * (self.static.dims.H_v // self.heads)
 
     @property
@@ -64,7 +65,7 @@ class Shape:
     def counts(self) -> dict[str, int]:
         """Tiles of a chunk, by what they are of: one array after the other in memory."""
         dims = self.static.dims
-        return {"Y": dims.H_v * self.widths, "M": dims.H_v}
+        return {"Y": dims.H_v * self.widths, "PX": dims.H_v}
 
     @property
     def tiles(self) -> jax.ShapeDtypeStruct:
@@ -72,7 +73,7 @@ class Shape:
         return jax.ShapeDtypeStruct((self.chunks * sum(self.counts.values()), CHUNK, COLUMNS), self.dtype)
 
     def first(self, name: str) -> int:
-        """The first tile of Y or M."""
+        """The first tile of Y or PX."""
         names = list(self.counts)
         return self.chunks * sum(self.counts[other] for other in names[: names.index(name)])
 
