@@ -130,6 +130,17 @@ def test_a_state_goes_on_where_it_stopped():
     assert np.concatenate(halves, axis=1).tobytes() == o.tobytes() and state.tobytes() == final.tobytes()
 
 
+@pytest.mark.parametrize(
+    ("chunks", "arguments"),
+    [(2, {"T": 300, "use_qk_l2norm": True}), (1, {"T": 128, "B": 2, "K": 128, "initial": False})],
+    ids=["the last begun, and alone", "rows of two"],
+)
+def test_segments(monkeypatch: pytest.MonkeyPatch, chunks: int, arguments: dict[str, Any]):
+    """Of `chunks` chunks."""
+    monkeypatch.setattr(_fused, "segment_chunks", lambda *_: chunks)
+    check(problem(**arguments))
+
+
 def test_bounds_are_only_data():
     """Wherever they lie nothing outside the tokens is touched (the interpreter would see it), nor is a token left unwritten."""
     arguments = problem(130, [0, 60, 100, 130], initial=False, H_v=1)
@@ -195,7 +206,7 @@ def test_a_launch_is_a_static_argument():
     for H_v, heads in ((2, 1), (4, 2), (6, 1), (8, 2)):
         prepared = prepare("chunk_gated_delta_rule", **problem(40, H_k=2, H_v=H_v, initial=False))
         launch = _fused.plan(prepared.static, prepared.arrays, H200)
-        assert launch.HEADS == heads and hash(launch) == hash(_fused.Launch(heads, launch.num_stages))
+        assert launch.HEADS == heads and hash(launch) == hash(_fused.Launch(heads, launch.num_stages, launch.segment))
 
 
 def test_gradients_are_those_of_the_xla_form():

@@ -17,6 +17,7 @@ ROWS: list[dict[str, Any]] = [
     {"T": 100, "H_k": 3, "H_v": 9, "dtype": "float16", "K": 64, "V": 64, "norm": False},
     {"T": 4096, "H_k": 16, "H_v": 16, "V": 256, "N_seq": 3, "final": False},
     {"T": 2**20, "H_k": 16, "H_v": 32},  # 2^32 elements of v
+    {"T": 8000, "H_k": 2, "H_v": 8, "segments": True},
 ]
 
 
@@ -55,7 +56,7 @@ def compile_rows(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def test_compiled_kernels_spill_nothing():
     code = f"import json, sys; from {__name__} import *; print(json.dumps(compile_rows(json.load(sys.stdin))))"
     for row, found in zip(ROWS, compile_apart("-c", code, rows=ROWS), strict=True):
-        assert set(found["kernels"]) == {"gdn_prepare", "gdn_loop"}
+        assert set(found["kernels"]) == {"gdn_prepare", "gdn_loop", *["gdn_ends"] * row.get("segments", False)}
         assert not found["serialised"], (row, found)
         for kernel in found["kernels"].values():
             assert kernel["spill_bytes"] == kernel["stack_bytes"] == 0, (row, found)

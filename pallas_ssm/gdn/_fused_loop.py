@@ -29,8 +29,8 @@ from ._fused_shape import CHUNK, KEY, LEFT, QUERY, Shape
 
 
 def run(shape: Shape, arrays: dict[str, jax.Array], outputs: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
-    """`arrays`: q, k and v as the caller has them, what `_fused_prepare` writes, initial_state [N_seq,H_v,V,K] and cu_seqlens
-    where there are any. `outputs`: o, and final [N_seq,H_v,V,K] where it is wanted.
+    """`arrays`: q, k and v as the caller has them, what `_fused_prepare` writes, initial_state [N,H_v,V,K] and cu_seqlens
+    where there are any. `outputs`: o, and final [N,H_v,V,K] where it is wanted. N: sequences, of each its segments.
     """
     stages, widths, dtype = shape.stages, shape.widths, shape.dtype
     scratch = {
@@ -49,7 +49,7 @@ def run(shape: Shape, arrays: dict[str, jax.Array], outputs: dict[str, jax.Shape
 
     def body(*refs: Any) -> None:
         named = dict.fromkeys(("initial_state", "cu_seqlens", "final"))
-        _Loop(shape, named | dict(zip(names, refs, strict=True))).run()
+        Loop(shape, named | dict(zip(names, refs, strict=True)), shape.parts, shape.segments).run()
 
     results = plgpu.kernel(
         body,
@@ -71,19 +71,22 @@ def run(shape: Shape, arrays: dict[str, jax.Array], outputs: dict[str, jax.Shape
     return dict(zip(outputs, results, strict=True))
 
 
-class _Loop:
-    """One sequence of one value head's 64 columns. `refs`: arrays and shared memory by name, None where there is none."""
+class Loop:
+    """One sequence, or segment of one, of one value head's 64 columns.
 
-    def __init__(self, shape: Shape, refs: dict[str, Any]):
+    `refs`: arrays and shared memory by name, or None. `parts`: blocks of a head's columns. `segments`: of a batch row.
+    """
+
+    def __init__(self, shape: Shape, refs: dict[str, Any], parts: int, segments: int):
         self.shape, self.dims = shape, shape.static.dims
         self.refs = SimpleNamespace(**refs)
-        dims, heads = self.dims, self.dims.H_v * shape.parts
+        dims, heads = self.dims, self.dims.H_v * parts
         block = lax.axis_index("block")
         head, self.n = rem(block, heads), lax.div(block, jnp.int32(heads))
-        self.h, self.part = lax.div(head, jnp.int32(shape.parts)), rem(head, shape.parts)
+        self.h, self.part = lax.div(head, jnp.int32(parts)), rem(head, parts)
         self.h_k = lax.div(self.h, jnp.int32(dims.H_v // dims.H_k))
         self.columns = pl.ds(self.part * COLUMNS, COLUMNS)
-        self.b, self.begin, end, self.slot = shape.sequence(self.refs.cu_seqlens, self.n)
+        self.b, self.begin, end, self.slot = shape.sequence(self.refs.cu_seqlens, self.n, segments)
         self.length = jnp.maximum(end - self.begin, 0)
         self.count = lax.div(self.length + (CHUNK - 1), jnp.int32(CHUNK))
 
@@ -137,19 +140,37 @@ class _Loop:
         plgpu.wait_smem_to_gmem(0)
 
     def fetch(self, c: jax.Array) -> None:
-        refs, shape, dims = self.refs, self.shape, self.dims
-        at, chunk = rem(c, shape.stages), self.slot + c
-        head = chunk * dims.H_v + self.h
-        full, rows = refs.full.at[at], pl.ds(self.begin + c * CHUNK, ROWS)
-        for i in range(shape.widths):
-            columns = pl.ds(i * COLUMNS, COLUMNS)
-            plgpu.copy_gmem_to_smem(refs.k.at[self.b, rows, self.h_k, columns], refs.k_s[0].at[at, i], full)
-            plgpu.copy_gmem_to_smem(refs.q.at[self.b, rows, self.h_k, columns], refs.q_s[0].at[at, i], full)
-        plgpu.copy_gmem_to_smem(refs.v.at[self.b, rows, self.h, self.columns], refs.v_s[0].at[at], full)
-        Y = refs.tiles.at[pl.ds(shape.first("Y") + head * shape.widths, shape.widths)]
-        plgpu.copy_gmem_to_smem(Y, refs.Y_s.at[at], full)
-        plgpu.copy_gmem_to_smem(refs.tiles.at[shape.first("PX") + head], refs.PX_s.at[at], full)
-        plgpu.copy_gmem_to_smem(refs.weights.at[head], refs.weights_s.at[at], full)
+        refs, at = self.refs, rem(c, self.shape.stages)
+        self.fetch_keys(c, refs.k, refs.k_s)
+        self.fetch_keys(c, refs.q, refs.q_s)
+        self.fetch_values(c, self.columns)
+        self.fetch_prepared(c)
+        PX = refs.tiles.at[self.shape.first("PX") + self.head(c)]
+        plgpu.copy_gmem_to_smem(PX, refs.PX_s.at[at], refs.full.at[at])
+
+    def head(self, c: jax.Array) -> jax.Array:
+        """The place of this head in chunk c, among all slots'."""
+        return (self.slot + c) * self.dims.H_v + self.h
+
+    def rows(self, c: jax.Array) -> Any:
+        return pl.ds(self.begin + c * CHUNK, ROWS)
+
+    def fetch_keys(self, c: jax.Array, source: Any, target: Any) -> None:
+        at = rem(c, self.shape.stages)
+        for i in range(self.shape.widths):
+            rows = source.at[self.b, self.rows(c), self.h_k, pl.ds(i * COLUMNS, COLUMNS)]
+            plgpu.copy_gmem_to_smem(rows, target[0].at[at, i], self.refs.full.at[at])
+
+    def fetch_values(self, c: jax.Array, columns: Any) -> None:
+        refs, at = self.refs, rem(c, self.shape.stages)
+        rows = refs.v.at[self.b, self.rows(c), self.h, columns]
+        plgpu.copy_gmem_to_smem(rows, refs.v_s[0].at[at], refs.full.at[at])
+
+    def fetch_prepared(self, c: jax.Array) -> None:
+        refs, shape, at = self.refs, self.shape, rem(c, self.shape.stages)
+        Y = refs.tiles.at[pl.ds(shape.first("Y") + self.head(c) * shape.widths, shape.widths)]
+        plgpu.copy_gmem_to_smem(Y, refs.Y_s.at[at], refs.full.at[at])
+        plgpu.copy_gmem_to_smem(refs.weights.at[self.head(c)], refs.weights_s.at[at], refs.full.at[at])
 
     def store(self, c: jax.Array) -> None:
         """o of chunk c to where it belongs, once the chunk is done."""

@@ -31,6 +31,8 @@ class Shape:
     """Value heads of one block that prepares."""
     stages: int
     """Chunks in shared memory of a block that carries a state."""
+    segment: int
+    """Chunks of a dense sequence's segments."""
 
     @property
     def widths(self) -> int:
@@ -52,9 +54,14 @@ class Shape:
         return self.chunks * (self.static.dims.H_v // self.heads)
 
     @property
+    def segments(self) -> int:
+        """Of a batch row."""
+        return 1 if self.static.dims.packed else -(-self.static.dims.NC // self.segment)
+
+    @property
     def loop_blocks(self) -> int:
         dims = self.static.dims
-        return (dims.N_seq + dims.packed) * dims.H_v * self.parts
+        return (dims.N_seq * self.segments + dims.packed) * dims.H_v * self.parts
 
     @property
     def may_end_short(self) -> bool:
@@ -77,11 +84,14 @@ class Shape:
         names = list(self.counts)
         return self.chunks * sum(self.counts[other] for other in names[: names.index(name)])
 
-    def sequence(self, cu_seqlens: Any, n: jax.Array) -> tuple[Any, jax.Array, jax.Array, jax.Array]:
-        """(batch row, first token, end, first slot among all rows') of sequence n; N_seq, packed: what is nobody's."""
+    def sequence(self, cu_seqlens: Any, n: jax.Array, segments: int) -> tuple[Any, jax.Array, jax.Array, jax.Array]:
+        """(batch row, first token, end, first slot among all rows') of sequence n, packed, where N_seq is what is nobody's; or
+        of the n-th segment, of which every row has `segments`."""
         dims = self.static.dims
         if not dims.packed:
-            return n, jnp.int32(0), jnp.int32(dims.T), n * dims.NC
+            b, chunk = lax.div(n, jnp.int32(segments)), lax.rem(n, jnp.int32(segments)) * self.segment
+            end = jnp.minimum((chunk + self.segment) * CHUNK, dims.T)
+            return b, chunk * CHUNK, end, b * dims.NC + chunk
 
         def bound(n: jax.Array) -> jax.Array:
             # Bounds are data: whatever they hold, no token outside [0, T) is touched.

@@ -2,8 +2,17 @@
 
     S[t] = exp(g[t])·S[t-1] + k[t] ⊗ beta[t]·(v[t] - (exp(g[t])·S[t-1])^T·k[t])          o[t] = scale · S[t]^T · q[t]
 
-by chunks, as the stages of this package have it, whose rounding points are this operator's: between chunks the state is fp32,
-and nothing within one is done token by token.
+by chunks: between them the state is fp32, and nothing within one is done token by token.
+
+The XLA form goes stage by stage, as this package has them, and its rounding points are theirs. The kernels, with A the matrix
+of `chunk_scaled_dot_kkt`, P that of `chunk_o`'s products within a chunk, h the state before it, G the gate cumulated within
+it, and x and y the factors that make norms of q and k one:
+
+    X   = (I + A)^-1·diag(beta)    PX = P·X    Y = (diag(d)·X)^T·k, d_i = y_i·exp(G_last - G_i)
+    r_i = v_i - y_i·exp(G_i)·h^T k_i
+    o_i = scale·x_i·exp(G_i)·h^T q_i + Σ_j PX_ij·r_j          h <- exp(G_last)·h + Y^T·r
+
+They round to q's dtype: P; X and diag(d)·X; PX and Y; h and r; o once.
 
 Source: Yang, Kautz and Hatamizadeh, "Gated Delta Networks", 2024 (arXiv 2412.06464); FLA's operator of this name.
 """

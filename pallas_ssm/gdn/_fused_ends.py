@@ -1,0 +1,116 @@
+"""What a segment of chunks does to a state, S -> T·S + E, for all segments but the last ones, without outputs.
+
+The columns of T are what becomes of the identity's where no v is written, those of E what becomes of zeros: both go through the
+chunks as the state does in `_fused_loop`, with the same roundings.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from ..ssd._fused_tiles import operand, rem
+from ..ssd._tiles import ACC, ACROSS, COLUMNS, LAYOUT, ROWS, across, indices, load, tiles
+from ._fused_loop import Loop
+from ._fused_shape import CHUNK, KEY, LEFT, Shape
+
+
+def run(shape: Shape, arrays: dict[str, jax.Array]) -> jax.Array:
+    """[B * (segments - 1), H_v, V + K, K]: E^T and T^T. `arrays`: k and v as the caller has them, and what `_fused_prepare`
+    writes."""
+    dims, stages, widths, dtype = shape.static.dims, shape.stages, shape.widths, shape.dtype
+    count, parts = dims.B * (shape.segments - 1), shape.parts + shape.widths
+    scratch = {
+        "k_s": tiles(stages, widths, dtype=dtype),
+        "v_s": tiles(stages, dtype=dtype),
+        "Y_s": operand(stages, widths, dtype=dtype),
+        "weights_s": plgpu.SMEM((stages, 3, CHUNK), jnp.float32),
+        # Tiles of k and v, then Y and the weights.
+        "full": plgpu.Barrier(num_arrivals=widths + 1 + 2, num_barriers=stages),
+        "empty": plgpu.Barrier(num_barriers=stages),
+    }
+    arrays = {name: arrays[name] for name in ("k", "v", "tiles", "weights")}
+    names = (*arrays, "ends", *scratch)
+
+    def body(*refs: Any) -> None:
+        named = {"cu_seqlens": None} | dict(zip(names, refs, strict=True))
+        _Ends(shape, named, parts, shape.segments - 1).run()
+
+    return plgpu.kernel(
+        body,
+        out_type=jax.ShapeDtypeStruct((count, dims.H_v, dims.V + dims.K, dims.K), jnp.float32),
+        scratch_types=list(scratch.values()),
+        grid=(count * dims.H_v * parts,),
+        grid_names=("block",),
+        num_threads=2,
+        thread_name="warpgroup",
+        kernel_name="gdn_ends",
+        compiler_params=plgpu.CompilerParams(
+            # A thread reads only what it has written itself or what a barrier has announced.
+            unsafe_no_auto_barriers=True,
+            approx_math=True,
+            # Every array has the layout that it is loaded in: to infer them takes as long as all else.
+            lowering_semantics=plgpu.LoweringSemantics.Lane,
+        ),
+    )(*arrays.values())
+
+
+class _Ends(Loop):
+    """Of a segment and of one value head's 64 columns of [E | T]."""
+
+    def feed(self) -> None:
+        stages, count = self.shape.stages, self.count
+
+        def free(c: jax.Array) -> None:
+            plgpu.barrier_wait(self.refs.empty.at[rem(c, stages)])
+
+        def step(c: jax.Array, _: None) -> None:
+            free(c)
+            self.fetch(c)
+
+        lax.fori_loop(jnp.int32(0), jnp.minimum(count, stages), lambda c, _: self.fetch(c), None)
+        lax.fori_loop(jnp.int32(stages), count, step, None)
+        lax.fori_loop(jnp.maximum(count - stages, 0), count, lambda c, _: free(c), None)
+
+    def fetch(self, c: jax.Array) -> None:
+        self.fetch_keys(c, self.refs.k, self.refs.k_s)
+        # What T's columns get is not used.
+        self.fetch_values(c, pl.ds(jnp.minimum(self.part, self.shape.parts - 1) * COLUMNS, COLUMNS))
+        self.fetch_prepared(c)
+
+    def carry(self) -> None:
+        S = lax.fori_loop(jnp.int32(0), self.count, self.step, self.before())
+        for k, part in enumerate(S):
+            self.refs.ends.at[self.n, self.h, self.columns, pl.ds(k * COLUMNS, COLUMNS)][...] = part
+
+    def before(self) -> tuple[jax.Array, ...]:
+        row = indices(0) + (self.part - self.shape.parts) * COLUMNS
+        return tuple(jnp.where(row == indices(1) + k * COLUMNS, 1.0, 0.0) for k in range(self.shape.widths))
+
+    def step(self, c: jax.Array, S: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        refs, shape, dtype = self.refs, self.shape, self.shape.dtype
+        at = rem(c, shape.stages)
+        plgpu.barrier_wait(refs.full.at[at])
+
+        def products(known: Any, *ends: Any) -> tuple[jax.Array, ...]:
+            left = refs.weights_s[at, LEFT, 0]
+            operands = [s.astype(dtype) for s in S]
+            for s, end in zip(S, ends, strict=True):
+                end[...] = s * left
+            for k, s in enumerate(operands):
+                plgpu.wgmma(known, s, refs.k_s[1].at[at, k].transpose((1, 0)))
+            v = load(refs.v_s[1].at[at].transpose((1, 0)), layout=LAYOUT).astype(jnp.float32)
+            v = jnp.where(self.part < shape.parts, v, 0.0)
+            b = load(refs.weights_s.at[at, KEY], layout=ACROSS)
+            r = (v - plgpu.wgmma_accumulator_load(known) * across(b, ROWS)).astype(dtype)
+            for k, end in enumerate(ends):
+                plgpu.wgmma(end, r, refs.Y_s.at[at, k])
+            return tuple(end[...] for end in ends)
+
+        tile = ACC((ROWS, COLUMNS), jnp.float32)
+        S = pl.run_scoped(products, tile, *[tile] * shape.widths)
+        plgpu.barrier_arrive(refs.empty.at[at])
+        return S
