@@ -130,14 +130,18 @@ def test_a_state_goes_on_where_it_stopped():
     assert np.concatenate(halves, axis=1).tobytes() == o.tobytes() and state.tobytes() == final.tobytes()
 
 
-@pytest.mark.parametrize(
-    ("chunks", "arguments"),
-    [(2, {"T": 300, "use_qk_l2norm": True}), (1, {"T": 128, "B": 2, "K": 128, "initial": False})],
-    ids=["the last begun, and alone", "rows of two"],
-)
+SEGMENTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "the last begun, and alone": (2, {"T": 300, "use_qk_l2norm": True}),
+    "rows of two": (1, {"T": 128, "B": 2, "K": 128, "initial": False}),
+    "packed": (2, {"T": 460, "cu_seqlens": [0, 5, 5, 440], "H_v": 1}),
+    "packed, where the next one's begin": (1, {"T": 320, "cu_seqlens": [0, 64, 192, 320], "H_v": 1, "initial": False}),
+}
+
+
+@pytest.mark.parametrize(("chunks", "arguments"), SEGMENTS.values(), ids=SEGMENTS)
 def test_segments(monkeypatch: pytest.MonkeyPatch, chunks: int, arguments: dict[str, Any]):
     """Of `chunks` chunks."""
-    monkeypatch.setattr(_fused, "segment_chunks", lambda *_: chunks)
+    monkeypatch.setattr(_fused, "segment_of", lambda _: chunks)
     check(problem(**arguments))
 
 

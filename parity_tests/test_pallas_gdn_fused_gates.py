@@ -18,6 +18,7 @@ ROWS: list[dict[str, Any]] = [
     {"T": 4096, "H_k": 16, "H_v": 16, "V": 256, "N_seq": 3, "final": False},
     {"T": 2**20, "H_k": 16, "H_v": 32},  # 2^32 elements of v
     {"T": 8000, "H_k": 2, "H_v": 8, "segments": True},
+    {"T": 8192, "H_k": 2, "H_v": 4, "N_seq": 1, "initial": True, "segments": True},
 ]
 
 

@@ -11,14 +11,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from ssm_configs import Device
-from ssm_configs.contracts.gdn_segments import segment_chunks
+from ssm_configs.contracts.gdn_segments import segment_of
 
 from .._selective_state_update_launch import Unsupported
 from ..ssd._tiles import COLUMNS
-from . import _fused_ends, _fused_loop, _fused_prepare
+from . import _fused_between, _fused_ends, _fused_loop, _fused_prepare
 from ._call import Floats, Static
 from ._fused_shape import CHUNK, Shape
 from ._xla_chunks import chunked
@@ -40,13 +39,12 @@ class Launch:
     num_stages: int
     """Chunks in shared memory of a block that carries a state."""
     segment: int
-    """Chunks of a dense sequence's segments."""
+    """Chunks of a sequence's segments."""
 
 
 def plan(static: Static, arrays: Mapping[str, Any], device: Device) -> Launch:
     dims, dtype = static.dims, jnp.dtype(arrays["q"].dtype)
-    segment = dims.NC if dims.packed else segment_chunks(dims.B, dims.H_v, dims.K, dims.V, dims.NC)
-    launch = Launch(2 if dims.H_v // dims.H_k % 2 == 0 else 1, _MAX_STAGES, segment)
+    launch = Launch(2 if dims.H_v // dims.H_k % 2 == 0 else 1, _MAX_STAGES, segment_of(dims))
     reason = None
     if device.capability != CAPABILITY:
         reason = f"needs compute capability 9.0, got {device.capability} ({device.name})"
@@ -80,30 +78,18 @@ def run(
     keys = {name: floats[name] for name in "qk"}
     prepared = keys | {"v": floats["v"]} | _fused_prepare.run(shape, keys | gates | bounds)
     outputs = {"o": jax.ShapeDtypeStruct(floats["v"].shape, floats["v"].dtype)}
-    count = dims.N_seq * shape.segments
     if static.return_final_state:
-        outputs["final"] = jax.ShapeDtypeStruct((count, dims.H_v, dims.V, dims.K), jnp.float32)
+        outputs["final"] = jax.ShapeDtypeStruct((shape.segments, dims.H_v, dims.V, dims.K), jnp.float32)
     initial = jnp.swapaxes(floats["initial_state"], 2, 3) if "initial_state" in floats else None
-    if shape.segments > 1:
-        initial = _before_segments(shape, _fused_ends.run(shape, prepared), initial)
+    if shape.cut:
+        initial = _fused_between.states(shape, _fused_ends.run(shape, prepared | bounds), initial, cu_seqlens)
     if initial is not None:
         prepared["initial_state"] = initial
     results = _fused_loop.run(shape, prepared | bounds, outputs)
     if "final" not in results:
         return results["o"], None
-    return results["o"], jnp.swapaxes(results["final"][shape.segments - 1 :: shape.segments], 2, 3)
-
-
-def _before_segments(shape: Shape, ends: jax.Array, initial: jax.Array | None) -> jax.Array:
-    """The states, transposed, before every segment. `ends`: S^T -> S^T·ends[V:] + ends[:V] is what a segment does to them."""
-    dims = shape.static.dims
-    ends = ends.reshape(dims.B, shape.segments - 1, dims.H_v, dims.V + dims.K, dims.K)
-    zero = jnp.zeros((dims.B, dims.H_v, dims.V, dims.K), jnp.float32)
-    states = [zero if initial is None else initial.astype(jnp.float32)]
-    for s in range(shape.segments - 1):
-        added, through = ends[:, s, :, : dims.V], ends[:, s, :, dims.V :]
-        states.append(jnp.einsum("bhvk,bhkj->bhvj", states[-1], through, precision=lax.Precision.HIGHEST) + added)
-    return jnp.stack(states, axis=1).reshape(-1, dims.H_v, dims.V, dims.K)
+    final = results["final"][_fused_between.lasts(shape, cu_seqlens)] if shape.cut else results["final"]
+    return results["o"], jnp.swapaxes(final, 2, 3)
 
 
 def _shape(static: Static, launch: Launch, dtype: Any) -> Shape:

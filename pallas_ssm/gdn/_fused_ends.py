@@ -1,4 +1,4 @@
-"""What a segment of chunks does to a state, S -> T·S + E, for all segments but the last ones, without outputs.
+"""What a segment of chunks does to a state, S -> T·S + E, without outputs, for all but the last segment of a sequence.
 
 The columns of T are what becomes of the identity's where no v is written, those of E what becomes of zeros: both go through the
 chunks as the state does in `_fused_loop`, with the same roundings.
@@ -12,6 +12,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from .._branches import when
 from ..ssd._fused_tiles import operand, rem
 from ..ssd._tiles import ACC, ACROSS, COLUMNS, LAYOUT, ROWS, across, indices, load, tiles
 from ._fused_loop import Loop
@@ -19,10 +20,12 @@ from ._fused_shape import CHUNK, KEY, LEFT, Shape
 
 
 def run(shape: Shape, arrays: dict[str, jax.Array]) -> jax.Array:
-    """[B * (segments - 1), H_v, V + K, K]: E^T and T^T. `arrays`: k and v as the caller has them, and what `_fused_prepare`
-    writes."""
+    """[segments, H_v, V + K, K]: E^T and T^T; for a sequence's last segment nothing is written.
+
+    `arrays`: k and v as the caller has them, what `_fused_prepare` writes, and cu_seqlens where sequences are packed.
+    """
     dims, stages, widths, dtype = shape.static.dims, shape.stages, shape.widths, shape.dtype
-    count, parts = dims.B * (shape.segments - 1), shape.parts + shape.widths
+    parts = shape.parts + shape.widths
     scratch = {
         "k_s": tiles(stages, widths, dtype=dtype),
         "v_s": tiles(stages, dtype=dtype),
@@ -32,18 +35,18 @@ def run(shape: Shape, arrays: dict[str, jax.Array]) -> jax.Array:
         "full": plgpu.Barrier(num_arrivals=widths + 1 + 2, num_barriers=stages),
         "empty": plgpu.Barrier(num_barriers=stages),
     }
-    arrays = {name: arrays[name] for name in ("k", "v", "tiles", "weights")}
+    arrays = {name: arrays[name] for name in ("k", "v", "tiles", "weights", "cu_seqlens") if name in arrays}
     names = (*arrays, "ends", *scratch)
 
     def body(*refs: Any) -> None:
         named = {"cu_seqlens": None} | dict(zip(names, refs, strict=True))
-        _Ends(shape, named, parts, shape.segments - 1).run()
+        _Ends(shape, named, parts).run()
 
     return plgpu.kernel(
         body,
-        out_type=jax.ShapeDtypeStruct((count, dims.H_v, dims.V + dims.K, dims.K), jnp.float32),
+        out_type=jax.ShapeDtypeStruct((shape.segments, dims.H_v, dims.V + dims.K, dims.K), jnp.float32),
         scratch_types=list(scratch.values()),
-        grid=(count * dims.H_v * parts,),
+        grid=(shape.segments * dims.H_v * parts,),
         grid_names=("block",),
         num_threads=2,
         thread_name="warpgroup",
@@ -60,6 +63,9 @@ def run(shape: Shape, arrays: dict[str, jax.Array]) -> jax.Array:
 
 class _Ends(Loop):
     """Of a segment and of one value head's 64 columns of [E | T]."""
+
+    def run(self) -> None:
+        when(jnp.logical_not(self.segment.last))(self.work)
 
     def feed(self) -> None:
         stages, count = self.shape.stages, self.count

@@ -30,7 +30,7 @@ from ._fused_shape import CHUNK, KEY, LEFT, QUERY, Shape
 
 def run(shape: Shape, arrays: dict[str, jax.Array], outputs: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
     """`arrays`: q, k and v as the caller has them, what `_fused_prepare` writes, initial_state [N,H_v,V,K] and cu_seqlens
-    where there are any. `outputs`: o, and final [N,H_v,V,K] where it is wanted. N: sequences, of each its segments.
+    where there are any. `outputs`: o, and final [N,H_v,V,K] where it is wanted. N: all segments.
     """
     stages, widths, dtype = shape.stages, shape.widths, shape.dtype
     scratch = {
@@ -49,7 +49,7 @@ def run(shape: Shape, arrays: dict[str, jax.Array], outputs: dict[str, jax.Shape
 
     def body(*refs: Any) -> None:
         named = dict.fromkeys(("initial_state", "cu_seqlens", "final"))
-        Loop(shape, named | dict(zip(names, refs, strict=True)), shape.parts, shape.segments).run()
+        Loop(shape, named | dict(zip(names, refs, strict=True)), shape.parts).run()
 
     results = plgpu.kernel(
         body,
@@ -72,12 +72,9 @@ def run(shape: Shape, arrays: dict[str, jax.Array], outputs: dict[str, jax.Shape
 
 
 class Loop:
-    """One sequence, or segment of one, of one value head's 64 columns.
+    """One segment of 64 columns, of which a value head has `parts`. `refs`: arrays and shared memory by name, or None."""
 
-    `refs`: arrays and shared memory by name, or None. `parts`: blocks of a head's columns. `segments`: of a batch row.
-    """
-
-    def __init__(self, shape: Shape, refs: dict[str, Any], parts: int, segments: int):
+    def __init__(self, shape: Shape, refs: dict[str, Any], parts: int):
         self.shape, self.dims = shape, shape.static.dims
         self.refs = SimpleNamespace(**refs)
         dims, heads = self.dims, self.dims.H_v * parts
@@ -86,20 +83,20 @@ class Loop:
         self.h, self.part = lax.div(head, jnp.int32(parts)), rem(head, parts)
         self.h_k = lax.div(self.h, jnp.int32(dims.H_v // dims.H_k))
         self.columns = pl.ds(self.part * COLUMNS, COLUMNS)
-        self.b, self.begin, end, self.slot = shape.sequence(self.refs.cu_seqlens, self.n, segments)
-        self.length = jnp.maximum(end - self.begin, 0)
+        self.segment = shape.locate(self.refs.cu_seqlens, self.n)
+        self.b, self.begin, self.slot = self.segment.b, self.segment.begin, self.segment.slot
+        self.length = self.segment.length
         self.count = lax.div(self.length + (CHUNK - 1), jnp.int32(CHUNK))
 
     def run(self) -> None:
-        warpgroup = lax.axis_index("warpgroup")
-
-        def work() -> None:
-            choose_role(warpgroup, [(1, lambda _: self.carry()), (1, lambda _: self.feed())])
-
         if self.dims.packed:
-            either(self.n < self.dims.N_seq, work, lambda: when(warpgroup == 0)(self.blank))
+            alone = lax.axis_index("warpgroup") == 0
+            either(self.n < self.shape.segments, self.work, lambda: when(alone)(self.blank))
         else:
-            work()
+            self.work()
+
+    def work(self) -> None:
+        choose_role(lax.axis_index("warpgroup"), [(1, lambda _: self.carry()), (1, lambda _: self.feed())])
 
     def left(self, c: Any) -> jax.Array:
         """Tokens from chunk c on."""

@@ -32,7 +32,7 @@ class Shape:
     stages: int
     """Chunks in shared memory of a block that carries a state."""
     segment: int
-    """Chunks of a dense sequence's segments."""
+    """Chunks of a sequence's segments; `NC` where sequences stay whole."""
 
     @property
     def widths(self) -> int:
@@ -54,14 +54,27 @@ class Shape:
         return self.chunks * (self.static.dims.H_v // self.heads)
 
     @property
+    def cut(self) -> bool:
+        """Whether sequences are in segments."""
+        return self.segment < self.static.dims.NC
+
+    @property
     def segments(self) -> int:
-        """Of a batch row."""
-        return 1 if self.static.dims.packed else -(-self.static.dims.NC // self.segment)
+        """Of all sequences. A packed one's first segment stands at its first slot // `segment` + its number, and where there
+        are fewer than that leaves room for, those behind its last are empty."""
+        dims = self.static.dims
+        if not self.cut:
+            return dims.N_seq
+        return dims.NC // self.segment + dims.N_seq if dims.packed else dims.B * self.row_segments
+
+    @property
+    def row_segments(self) -> int:
+        """Of a dense row."""
+        return -(-self.static.dims.NC // self.segment)
 
     @property
     def loop_blocks(self) -> int:
-        dims = self.static.dims
-        return (dims.N_seq * self.segments + dims.packed) * dims.H_v * self.parts
+        return (self.segments + self.static.dims.packed) * self.static.dims.H_v * self.parts
 
     @property
     def may_end_short(self) -> bool:
@@ -84,19 +97,55 @@ class Shape:
         names = list(self.counts)
         return self.chunks * sum(self.counts[other] for other in names[: names.index(name)])
 
-    def sequence(self, cu_seqlens: Any, n: jax.Array, segments: int) -> tuple[Any, jax.Array, jax.Array, jax.Array]:
-        """(batch row, first token, end, first slot among all rows') of sequence n, packed, where N_seq is what is nobody's; or
-        of the n-th segment, of which every row has `segments`."""
+    def locate(self, cu_seqlens: Any, n: jax.Array) -> "Segment":
+        """Of all segments the n-th. One behind the last of packed ones: what is no sequence's."""
         dims = self.static.dims
         if not dims.packed:
-            b, chunk = lax.div(n, jnp.int32(segments)), lax.rem(n, jnp.int32(segments)) * self.segment
-            end = jnp.minimum((chunk + self.segment) * CHUNK, dims.T)
-            return b, chunk * CHUNK, end, b * dims.NC + chunk
+            b, chunk = lax.div(n, jnp.int32(self.row_segments)), lax.rem(n, jnp.int32(self.row_segments)) * self.segment
+            return self._segment(b, jnp.int32(0), jnp.int32(dims.T), b * dims.NC, chunk)
 
         def bound(n: jax.Array) -> jax.Array:
             # Bounds are data: whatever they hold, no token outside [0, T) is touched.
             return jnp.where(n == 0, 0, jnp.clip(cu_seqlens[n].astype(jnp.int32), 0, dims.T))
 
-        begin = bound(n)
-        end = jnp.where(n == dims.N_seq, dims.T, bound(jnp.minimum(n + 1, dims.N_seq)))
-        return jnp.int32(0), begin, end, lax.div(begin, jnp.int32(CHUNK)) + n
+        def first_slot(n: jax.Array) -> jax.Array:
+            return lax.div(bound(n), jnp.int32(CHUNK)) + n
+
+        sequence, chunk = jnp.minimum(n, dims.N_seq), jnp.int32(0)
+        if self.cut:
+
+            def first(n: jax.Array) -> jax.Array:
+                return lax.div(first_slot(n), jnp.int32(self.segment)) + n
+
+            # The last sequence whose first segment is not past this one.
+            low, high = jnp.int32(0), jnp.int32(dims.N_seq)
+            for _ in range(max(dims.N_seq - 1, 0).bit_length()):
+                middle = lax.div(low + high, jnp.int32(2))
+                here = first(middle) <= n
+                low, high = jnp.where(here, middle, low), jnp.where(here, high, middle)
+            sequence = jnp.where(n == self.segments, dims.N_seq, low)
+            chunk = jnp.where(n == self.segments, 0, jnp.maximum(n - first(low), 0) * self.segment)
+        end = jnp.where(sequence == dims.N_seq, dims.T, bound(jnp.minimum(sequence + 1, dims.N_seq)))
+        rest = sequence == dims.N_seq
+        return self._segment(jnp.int32(0), bound(sequence), end, first_slot(sequence), chunk, rest)
+
+    def _segment(
+        self, b: Any, begin: jax.Array, end: jax.Array, slot: jax.Array, chunk: jax.Array, rest: Any = False
+    ) -> "Segment":
+        """From `chunk` on of the sequence [begin, end), whose first slot is `slot`."""
+        length = jnp.maximum(end - begin - chunk * CHUNK, 0)
+        whole = jnp.where(rest, length, self.segment * CHUNK) if self.cut else length
+        return Segment(b, begin + chunk * CHUNK, jnp.minimum(length, whole), slot + chunk, length <= whole)
+
+
+@dataclass(frozen=True)
+class Segment:
+    b: Any
+    """Its batch row."""
+    begin: jax.Array
+    """The first token."""
+    length: jax.Array
+    slot: jax.Array
+    """Of the first chunk, among all rows'."""
+    last: jax.Array
+    """Whether no other of its sequence follows."""
