@@ -24,7 +24,7 @@ STATICS = {"headdim": 16, "dstate": 16}
 SIZES = (8, 16, 128, 256)
 CANDIDATES = {
     "triton": [{"BLOCK_SIZE_M": rows, "num_warps": 4} for rows in (4, 8, 16, 32)],
-    "pallas": [{"BLOCK_SIZE_M": rows, "tiles_per_block": 1, "use_tma": True} for rows in (4, 8, 16)],
+    "pallas": [{"BLOCK_SIZE_M": rows, "tiles_per_block": 1, "use_tma": False} for rows in (4, 8, 16)],
 }
 OP = dataclasses.replace(
     OPS["selective_state_update"], first_sizes=(16, 256), candidates=lambda twin, statics, dtype: CANDIDATES[twin]
@@ -264,7 +264,7 @@ def test_both_twins_in_one_table(tmp_path, monkeypatch):
     assert path.name == "headdim=16,dstate=16,device_name=NVIDIA_H200,cache_dtype=float32.json"
     entry = table.nearest(256)
     assert entry.shared == {"BLOCK_SIZE_M": 8, "num_warps": 4}
-    assert entry.own == {"pallas": {"BLOCK_SIZE_M": 4, "tiles_per_block": 1, "use_tma": True}}
+    assert entry.own == {"pallas": {"BLOCK_SIZE_M": 4, "tiles_per_block": 1, "use_tma": False}}
     assert entry.tuned_at == {"B": 2, "H": 128}
     assert table.metadata["measured_us"]["256"] == {"triton": 10.0, "pallas": 14.0}
     assert table.metadata["source"] == "tuned by twin-ssm"
@@ -285,7 +285,7 @@ def test_one_twin_alone_keeps_what_the_other_was_measured_to_want(tmp_path, monk
     table, _ = _tuned(tmp_path, monkeypatch, "triton", lambda size, rows: 10 + abs(rows - 8), newer)
     entry = table.nearest(8)
     assert entry.shared == {"BLOCK_SIZE_M": 8, "num_warps": 4}
-    assert entry.own == {"pallas": {"BLOCK_SIZE_M": 4, "tiles_per_block": 1, "use_tma": True}}
+    assert entry.own == {"pallas": {"BLOCK_SIZE_M": 4, "tiles_per_block": 1, "use_tma": False}}
     assert table.metadata["measured_us"]["8"] == {"triton": 10.0, "pallas": 14.0}
 
 

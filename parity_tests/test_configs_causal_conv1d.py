@@ -67,14 +67,14 @@ def test_the_heuristic_is_legal_at_any_size(op, size):
 def test_the_heuristic_grows_its_block_while_programs_are_plenty():
     sizes = [1 << power for power in range(14, 26)]
     tokens = [SPECS["causal_conv1d"].heuristic(STATICS, "float16", H200, size)["BLOCK_SIZE_T"] for size in sizes]
-    assert tokens == sorted(tokens) and tokens[0] == 8 and tokens[-1] == 32
+    assert tokens == sorted(tokens) and tokens[0] == 8 and tokens[-1] == 32 and 16 in tokens
     steps = [SPECS["causal_conv1d_update"].heuristic(STATICS, "float16", H200, size) for size in sizes]
     blocks = [(step["BLOCK_SIZE_D"], step["BLOCK_SIZE_B"]) for step in steps]
-    assert blocks == sorted(blocks) and blocks[0] == (64, 1) and blocks[-1] == (512, 2)
+    assert blocks == sorted(blocks) and blocks[0] == (128, 1) and blocks[-1] == (512, 2)
     for size, (channels, sequences) in zip(sizes, blocks, strict=True):
-        assert channels == 64 or size // (channels * sequences) >= 512
+        assert channels == 128 or size // (channels * sequences) >= 512
     for size, rows in zip(sizes, tokens, strict=True):
-        assert rows == 8 or size // (rows * 256) >= 512
+        assert rows == 8 or size // (rows * 256) >= 1024
 
 
 @pytest.mark.parametrize("op", OPS)

@@ -125,7 +125,7 @@ def test_twin_objects_serve_their_twin_alone(tmp_path, monkeypatch):
         "512": entry(16, 2, triton=entry(4, 1)),
     }
     put_table(tmp_path / OP, table)
-    by_rule = {"BLOCK_SIZE_M": 32, "tiles_per_block": 1, "use_tma": True}
+    by_rule = {"BLOCK_SIZE_M": 32, "tiles_per_block": 1, "use_tma": False}
     assert [lookup(size).knobs for size in (8, 64, 512)] == [entry(16, 2), entry(16, 2), entry(4, 1)]
     assert [lookup(size, twin="pallas").knobs for size in (8, 64, 512)] == [by_rule, pallas, by_rule]
 
@@ -257,7 +257,7 @@ def test_explain_tells_every_rule_and_the_result(tmp_path, monkeypatch):
         "  SSM_TUNED_CONFIG_FOLDER   not set",
         f"  VLLM_TUNED_CONFIG_FOLDER  {path}, key 8 (nearest to 100)",
         "  pallas_rule               from BLOCK_SIZE_M=16, num_warps=4",
-        "  => VLLM_TUNED_CONFIG_FOLDER: BLOCK_SIZE_M=16, tiles_per_block=1, use_tma=True",
+        "  => VLLM_TUNED_CONFIG_FOLDER: BLOCK_SIZE_M=16, tiles_per_block=1, use_tma=False",
     ]
 
 
@@ -271,7 +271,7 @@ def test_explain_names_missing_files_and_the_heuristic(tmp_path, monkeypatch):
     assert steps["SSM_TUNED_CONFIG_FOLDER"] == f"no {name} in {tmp_path / OP}"
     assert steps["VLLM_TUNED_CONFIG_FOLDER"] == f"{tmp_path / 'absent'} does not exist"
     assert name in steps["shipped"]
-    assert str(explanation).endswith("=> heuristic: BLOCK_SIZE_M=4, num_warps=4")
+    assert str(explanation).endswith("=> heuristic: BLOCK_SIZE_M=8, num_warps=1")
 
 
 @pytest.mark.filterwarnings("ignore::ssm_configs.TableWarning")

@@ -27,7 +27,7 @@ def knobs(twin: str) -> dict:
 def test_shared_knobs_serve_both_twins():
     with override(OP, BLOCK_SIZE_M=8, num_warps=1):
         assert knobs("triton") == entry(8, 1)
-        assert knobs("pallas") == {"BLOCK_SIZE_M": 32, "tiles_per_block": 1, "use_tma": True}
+        assert knobs("pallas") == {"BLOCK_SIZE_M": 32, "tiles_per_block": 1, "use_tma": False}
     assert (knobs("triton"), knobs("pallas")) == (entry(16, 2), PALLAS)
 
 
@@ -38,7 +38,7 @@ def test_missing_shared_knobs_come_from_the_table():
         assert config.source == "override"
         assert config.path is not None and config.key == 8
         # By the rule from (16, 4), not from the entry's own Pallas object.
-        assert knobs("pallas") == {"BLOCK_SIZE_M": 16, "tiles_per_block": 1, "use_tma": True}
+        assert knobs("pallas") == {"BLOCK_SIZE_M": 16, "tiles_per_block": 1, "use_tma": False}
 
 
 def test_a_twins_own_knobs_leave_the_other_alone():
@@ -55,11 +55,11 @@ def test_inner_blocks_win_and_keep_the_rest():
     with override(OP, BLOCK_SIZE_M=4, num_warps=1):
         with override(OP, num_warps=8):
             assert knobs("triton") == entry(4, 8)
-            with override(OP, twin="pallas", use_tma=False):
-                assert knobs("pallas") == {"BLOCK_SIZE_M": 4, "tiles_per_block": 1, "use_tma": False}
+            with override(OP, twin="pallas", use_tma=True):
+                assert knobs("pallas") == {"BLOCK_SIZE_M": 4, "tiles_per_block": 1, "use_tma": True}
                 with override(OP, BLOCK_SIZE_M=64):  # shared: Pallas follows the rule anew
                     assert knobs("triton") == entry(64, 8)
-                    assert knobs("pallas") == {"BLOCK_SIZE_M": 32, "tiles_per_block": 1, "use_tma": True}
+                    assert knobs("pallas") == {"BLOCK_SIZE_M": 32, "tiles_per_block": 1, "use_tma": False}
         assert knobs("triton") == entry(4, 1)
     assert knobs("triton") == entry(16, 2)
 

@@ -357,18 +357,18 @@ def test_the_pallas_rule_gives_a_legal_block_nearest_to_the_rows_per_warp(headdi
 
 
 @pytest.mark.parametrize(
-    "headdim, rows, warps, block",
+    "headdim, rows, warps, block, tma",
     [
-        (64, 4, 1, 16),
-        (64, 16, 2, 32),
-        (64, 64, 1, 64),
-        (64, 4, 8, 4),
-        (80, 16, 4, 16),
-        (80, 16, 2, 40),
-        (6, 4, 1, 6),
-        (60, 4, 2, 12),
+        (64, 4, 1, 16, False),
+        (64, 16, 2, 32, False),
+        (64, 64, 1, 64, True),
+        (64, 4, 8, 4, False),
+        (80, 16, 4, 16, False),
+        (80, 16, 2, 40, False),
+        (6, 4, 1, 6, False),
+        (60, 4, 2, 12, False),
     ],
 )
-def test_pallas_rule_examples(headdim, rows, warps, block):
+def test_pallas_rule_examples(headdim, rows, warps, block, tma):
     knobs = SPEC.pallas_rule(entry(rows, warps), {"headdim": headdim, "dstate": 128})
-    assert knobs == {"BLOCK_SIZE_M": block, "tiles_per_block": 1, "use_tma": True}
+    assert knobs == {"BLOCK_SIZE_M": block, "tiles_per_block": 1, "use_tma": tma}

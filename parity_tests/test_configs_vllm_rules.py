@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 import ssm_configs
 from ssm_configs import Device
 
-from .configs_env import DEVICE, OP, SPEC, STATICS, VLLM_DATA, entry, forget_everything, lookup, put_table
+from .configs_env import DEVICE, OP, STATICS, VLLM_DATA, entry, forget_everything, put_table
 
 SHIPPED = list(ssm_configs.shipped_tables(OP))
 
@@ -43,30 +43,18 @@ def vllm_load(folders: list[Path], name: str) -> dict[int, dict] | None:
     return None
 
 
-def vllm_heuristic(dstate: int, is_blackwell: bool) -> tuple[int, int]:
-    for limit, launch in ((16, (32, 4)), (32, (16, 4)), (64, (8, 4))):
-        if dstate <= limit:
-            return launch
-    if is_blackwell:
-        return 32, 8
-    return (4, 4) if dstate <= 128 else (4, 8)
-
-
 def vllm_pick(
-    folders: list[Path], *, headdim: int, dstate: int, device: str, dtype: str, batch: int, nheads: int, blackwell: bool
+    folders: list[Path], *, headdim: int, dstate: int, device: str, dtype: str, batch: int, nheads: int
 ) -> tuple[int, int]:
     table = vllm_load(folders, vllm_file(headdim, dstate, device, dtype))
-    if not table:
-        return vllm_heuristic(dstate, blackwell)
+    assert table
     effective_batch = batch * nheads
     nearest = min(table, key=lambda key: abs(key - effective_batch))  # the first in file order, on ties
     return table[nearest]["BLOCK_SIZE_M"], table[nearest]["num_warps"]
 
 
-def our_pick(*, device: str, dtype: str, batch: int, nheads: int, capability=None, **statics) -> tuple[int, int]:
-    config = ssm_configs.lookup(
-        OP, twin="triton", device=Device(device, capability), dtype=dtype, size=batch * nheads, **statics
-    )
+def our_pick(*, device: str, dtype: str, batch: int, nheads: int, **statics) -> tuple[int, int]:
+    config = ssm_configs.lookup(OP, twin="triton", device=Device(device), dtype=dtype, size=batch * nheads, **statics)
     return config["BLOCK_SIZE_M"], config["num_warps"]
 
 
@@ -107,7 +95,7 @@ def test_vllms_tables_drop_into_a_folder_unchanged(tmp_path, monkeypatch, variab
     statics, device, dtype = ssm_configs.parse_table_file_name(OP, name)
     for size in interesting_sizes({int(key): {} for key in content if key.isdigit()}):
         call = {"device": device, "dtype": dtype, "batch": size, "nheads": 1, **statics}
-        assert our_pick(**call) == vllm_pick([folder], **call, blackwell=False), size
+        assert our_pick(**call) == vllm_pick([folder], **call), size
         config = ssm_configs.lookup(OP, twin="triton", device=Device(device), dtype=dtype, size=size, **statics)
         assert (config.source, config.path) == (variable, str(folder / name))
 
@@ -125,7 +113,7 @@ def test_shipped_tables_serve_vllm_with_the_same_choice(table):
     for dtype in dtypes:
         for size in interesting_sizes(loaded):
             call = {"device": table.device_name, "dtype": dtype, "batch": size, "nheads": 1, **table.statics}
-            assert our_pick(**call) == vllm_pick([table.path.parent], **call, blackwell=False), size
+            assert our_pick(**call) == vllm_pick([table.path.parent], **call), size
 
 
 @settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -139,7 +127,7 @@ def test_any_ascending_table_gives_the_same_choice(tmp_path, monkeypatch, data):
     near = st.sampled_from(interesting_sizes(table))
     for batch, nheads in data.draw(st.lists(st.tuples(near | st.integers(1, 4096), st.integers(1, 256)), min_size=1)):
         call = {"device": DEVICE.name, "dtype": "float16", "batch": batch, "nheads": nheads, **STATICS}
-        assert our_pick(**call) == vllm_pick([tmp_path], **call, blackwell=False)
+        assert our_pick(**call) == vllm_pick([tmp_path], **call)
 
 
 def test_the_users_folder_comes_before_the_shipped_tables(tmp_path, monkeypatch):
@@ -147,27 +135,4 @@ def test_the_users_folder_comes_before_the_shipped_tables(tmp_path, monkeypatch)
     (tmp_path / shipped.path.name).write_text(json.dumps({"8": entry(1, 32)}))
     monkeypatch.setenv("VLLM_TUNED_CONFIG_FOLDER", str(tmp_path))
     call = {"device": "NVIDIA H100 80GB HBM3", "dtype": shipped.dtype, "batch": 64, "nheads": 8, **STATICS}
-    assert our_pick(**call) == vllm_pick([tmp_path, shipped.path.parent], **call, blackwell=False) == (1, 32)
-
-
-# The same heuristic
-
-
-@pytest.mark.filterwarnings("ignore::ssm_configs.TableWarning")
-@pytest.mark.parametrize("capability", [None, (8, 0), (9, 0), (10, 0), (10, 3), (11, 0), (12, 0)])
-def test_the_heuristic_is_vllms(capability):
-    blackwell = capability is not None and capability[0] == 10
-    for dstate in (1, 15, 16, 17, 32, 33, 64, 65, 96, 128, 129, 256, 512):
-        for headdim in (1, 64, 80, 128, 5120):
-            for dtype in ("float16", "bfloat16", "float32"):
-                statics = {"headdim": headdim, "dstate": dstate}
-                call = {"device": "Abacus", "dtype": dtype, "batch": 7, "nheads": 24, **statics}
-                expected = vllm_pick([], **call, blackwell=blackwell)
-                assert our_pick(**call, capability=capability) == expected
-                assert SPEC.heuristic(statics, dtype, Device("Abacus", capability), 1) == entry(*expected)
-
-
-def test_the_heuristic_serves_pallas_through_the_rule():
-    with pytest.warns(ssm_configs.TableWarning):
-        config = lookup(1024, twin="pallas")
-    assert config == {"BLOCK_SIZE_M": 4, "tiles_per_block": 1, "use_tma": True}
+    assert our_pick(**call) == vllm_pick([tmp_path, shipped.path.parent], **call) == (1, 32)

@@ -13,9 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from ssm_configs import Device
 from ssm_configs.contracts import ssd as contract
-from ssm_configs.specs.mamba_chunk_scan_combined import heuristic
 from triton_ssm._plans import call_key
 from triton_ssm.ssd import _fused
 
@@ -270,12 +268,3 @@ def test_counts_key_no_compile():
             for parameter in function.params if kernel.startswith("fused_") else ():
                 counted = parameter.name in counts or "_per_" in parameter.name
                 assert not counted or parameter.do_not_specialize, f"{kernel}: {parameter.name}"
-
-
-@pytest.mark.parametrize(
-    "nheads, tokens, heads, pieces", [(128, 8192, 1, 1), (80, 8192, 2, 3), (16, 8192, 2, 16), (128, 1024, 1, 1)]
-)
-def test_the_heuristic_is_what_was_measured(nheads: int, tokens: int, heads: int, pieces: int):
-    knobs = heuristic({"nheads": nheads}, "float16", Device("NVIDIA H200", (9, 0)), tokens)
-    assert knobs["HEADS_PER_BLOCK"] == heads
-    assert math.ceil(tokens / 64 / int(knobs["CHUNKS_PER_PIECE"])) == pieces

@@ -14,25 +14,25 @@ def states(shape: Shape, ends: jax.Array, initial: jax.Array | None, cu_seqlens:
     if initial is None:
         initial = jnp.zeros((dims.N_seq, dims.H_v, dims.V, dims.K), jnp.float32)
     initial = initial.astype(jnp.float32)
-    added, through = ends[:, :, : dims.V], ends[:, :, dims.V :]
-
-    def after(n: int, state: jax.Array) -> jax.Array:
-        return jnp.einsum("...hvk,...hkj->...hvj", state, through[n], precision=lax.Precision.HIGHEST) + added[n]
-
     if cu_seqlens is None:
         # All rows at once.
-        added, through = (x.reshape(dims.B, -1, *x.shape[1:]).swapaxes(0, 1) for x in (added, through))
+        rows = ends.reshape(dims.B, -1, *ends.shape[1:])
         found = [initial]
         for n in range(shape.row_segments - 1):
-            found.append(after(n, found[-1]))
+            found.append(_after(rows[:, n], found[-1], dims.V))
         return jnp.stack(found, axis=1).reshape(-1, *initial.shape[1:])
     first, numbers = _firsts(shape, cu_seqlens), jnp.arange(shape.segments)
     sequence = jnp.searchsorted(first, numbers, side="right", method="compare_all") - 1
     begins, own = first[sequence] == numbers, initial[sequence]
     found = [own[0]]
     for n in range(1, shape.segments):
-        found.append(jnp.where(begins[n], own[n], after(n - 1, found[-1])))
+        found.append(jnp.where(begins[n], own[n], _after(ends[n - 1], found[-1], dims.V)))
     return jnp.stack(found)
+
+
+def _after(ends: jax.Array, state: jax.Array, V: int) -> jax.Array:
+    product = jnp.einsum("...vk,...kj->...vj", state, ends[..., V:, :], precision=lax.Precision.HIGHEST)
+    return product + ends[..., :V, :]
 
 
 def lasts(shape: Shape, cu_seqlens: jax.Array | None) -> jax.Array | np.ndarray:

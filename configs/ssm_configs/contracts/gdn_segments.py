@@ -33,8 +33,8 @@ def segment_chunks(rows: int, H_v: int, K: int, V: int, chunks: int, sms: int = 
 def segment_of(dims: Dims) -> int:
     """Chunks of a segment of any sequence; `dims.NC` where they stay whole.
 
-    Packed sequences are cut as if they were of one length: nobody can ask a GPU for their bounds without waiting for it. Sequence
-    n's first segment has number first slot // segment + n, and where that leaves room for more than it has, they are empty.
+    Packed sequences are cut as if they were of one length: nobody can ask a GPU for their bounds without waiting for it.
+    Sequence n's first segment has number first slot // segment + n; where that leaves room for more than it has, they are empty.
     """
     if not dims.N_seq:
         return dims.NC

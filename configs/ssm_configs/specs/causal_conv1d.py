@@ -8,8 +8,9 @@ from ..spec import Knob, Knobs, OpSpec, Statics, Value
 _WARPS_PER_WARPGROUP = 4
 _PALLAS_T = (4, 8, 16, 32, 64, 128)
 _PALLAS_D = (64, 128, 256, 512, 1024, 2048)
-# A few thread blocks for each SM of the largest GPUs.
-_PLENTY = 512
+# Tokens of a block, and programs that are plenty: 8 for each SM of a large GPU; 32, all that an SM holds at once, for the
+# longest, which serve better only where one wave of programs follows another.
+_PLENTY = ((32, 4096), (16, 1024))
 
 _KNOBS = (
     Knob("BLOCK_SIZE_T", tuple(1 << i for i in range(9)), "tokens of one sequence that one program computes"),
@@ -33,15 +34,19 @@ def pallas_rule(shared: Mapping[str, Value], statics: Statics) -> Knobs:
 
 
 def heuristic(statics: Statics, dtype: str, device: Device, size: int) -> Knobs:
-    """256 channels by 4 warps, and the longest block of 8 to 32 tokens that still leaves plenty of programs.
+    """256 channels, and the longest block of 8 to 32 tokens that still leaves plenty of programs.
 
-    A block reads the width - 1 inputs before it once more, which longer blocks do less often.
+    A block reads the width - 1 inputs before it once more, which longer blocks do less often. The short ones, where threads
+    are few, have four warps; the others two, 8 bytes of 16-bit channels a thread.
     """
-    del statics, dtype, device  # part of every heuristic's signature
-    channels, tokens = 256, 8
-    while tokens < 32 and size >= _PLENTY * channels * 2 * tokens:
-        tokens *= 2
-    return {"BLOCK_SIZE_T": tokens, "BLOCK_SIZE_D": channels, "num_warps": 4}
+    del statics, device  # part of every heuristic's signature
+    channels = 256
+    tokens = next((tokens for tokens, plenty in _PLENTY if size >= plenty * channels * tokens), 8)
+    return {
+        "BLOCK_SIZE_T": tokens,
+        "BLOCK_SIZE_D": channels,
+        "num_warps": 4 if tokens == 8 or dtype == "float32" else 2,
+    }
 
 
 CAUSAL_CONV1D = OpSpec(

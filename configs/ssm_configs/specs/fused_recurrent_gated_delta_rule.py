@@ -7,6 +7,8 @@ from ..spec import Knob, Knobs, OpSpec, Statics, Value
 
 _WARPS_PER_WARPGROUP = 4
 _MAX_V = 256
+# Elements of the state: 2 for each thread that an H200's 132 SMs hold.
+_FEW = 132 * 2048 * 2
 
 _KNOBS = (
     Knob("BLOCK_SIZE_V", tuple(1 << i for i in range(9)), "columns of one head's state that one program updates"),
@@ -25,13 +27,21 @@ def pallas_rule(shared: Mapping[str, Value], statics: Statics) -> Knobs:
 
 
 def heuristic(statics: Statics, dtype: str, device: Device, size: int) -> Knobs:
-    """64 elements of the state a thread: columns of whole 64-byte lines, one warp where they fit it."""
-    del device, size
-    columns = 16 if dtype == "float32" else 32
-    whole = 1 << (statics["V"] - 1).bit_length()
-    columns = min(columns, whole)
+    """64 elements of the state a thread, in columns wide enough for lines of 64 bytes or, of fp32, of 256.
+
+    Where that leaves SMs without a thread to hold, columns of one 32-byte sector: of 16 bits by four times the warps, of fp32
+    by half the elements a thread.
+    """
+    del device
     rows = 1 << (statics["K"] - 1).bit_length()
-    return {"BLOCK_SIZE_V": columns, "num_warps": min(8, max(1, columns * rows // (32 * 64)))}
+    whole = 1 << (statics["V"] - 1).bit_length()
+    wide = dtype == "float32"
+    if size * rows * whole <= _FEW:
+        columns, elements = (8, 32) if wide else (16, 16)
+    else:
+        columns, elements = (64, 64) if wide else (32, 64)
+    columns = min(columns, whole)
+    return {"BLOCK_SIZE_V": columns, "num_warps": min(8, max(1, columns * rows // (32 * elements)))}
 
 
 FUSED_RECURRENT_GATED_DELTA_RULE = OpSpec(

@@ -9,6 +9,8 @@ from ..spec import Knob, Knobs, OpSpec, Statics, Value
 # Tokens of the fused path's own chunk: the cheapest in tensor work, whatever the caller's chunk is.
 CHUNK = 64
 _SMS = 132
+# How much less two heads a thread block have to cost.
+_BY_FAR = 1.07
 # More chunks than a sequence has.
 _WHOLE = 65536
 
@@ -40,34 +42,53 @@ def pallas_rule(shared: Mapping[str, Value], statics: Statics) -> Knobs:
 
 
 def heuristic(statics: Statics, dtype: str, device: Device, size: int) -> Knobs:
-    """The cheaper of one and two heads a thread block, each with as many pieces as fill one wave of one thread block an SM.
+    """The cheapest cut by the costs of `_cost_us`, with one head a thread block unless two are cheaper by far.
 
-    Costs are microseconds on an H200 with headdim 64 and dstate 128: a chunk of one head takes 1.09, of two heads 1.93; states
-    of pieces 4 and 0.0035 for each chunk of each head, and up to 5 to string them together.
+    Pallas takes the pieces but has one head a block whatever is asked for: pieces that are cut for two leave it twice the
+    blocks.
     """
     del device
-    H, chunks = statics["nheads"], max(1, -(-size // CHUNK))
-    costs = {}
-    for heads, chunk_us in ((1, 1.09), (2, 1.93)):
-        blocks = -(-H // heads)
-        piece = -(-chunks // max(1, _SMS // blocks))
-        pieces = -(-chunks // piece)
-        costs[heads] = (chunk_us * piece * -(-blocks * pieces // _SMS), pieces, piece)
-        if pieces > 1:
-            states_us = 4 + 0.0035 * H * piece * (pieces - 1) + min(5.0, 0.7 * (pieces - 1))
-            costs[heads] = (costs[heads][0] + states_us, pieces, piece)
-    heads = min(costs, key=lambda heads: costs[heads])
-    _, pieces, piece = costs[heads]
-    states = 1
-    while pieces > 1 and states < 8 and 2 * states * (pieces - 1) * -(-H // 2) <= _SMS:
-        states *= 2
+    tiles = -(-statics["headdim"] // 64)
+    chunks = max(1, -(-size // CHUNK))
+    # Pieces of equal length, up to some that are two waves of one-head blocks.
+    pieces = {
+        -(-chunks // count) for count in range(1, 1 + min(chunks, max(1, 2 * _SMS // (statics["nheads"] * tiles))))
+    }
+    costs = {
+        heads: min(
+            (_cost_us(statics["nheads"], tiles, chunks, piece, states, heads), piece, states)
+            for piece in pieces
+            for states in ((1, 2, 4, 8) if piece < chunks else (1,))
+            if states <= piece
+        )
+        for heads in (1, 2)
+    }
+    cut_on_pallas = 2 * statics["nheads"] * tiles <= _SMS
+    heads = 2 if (_BY_FAR if cut_on_pallas else 1) * costs[2][0] < costs[1][0] else 1
+    _, piece, states = costs[heads]
     return {
         "FUSED": dtype != "float32",
-        "CHUNKS_PER_PIECE": min(piece, 65536),
+        "CHUNKS_PER_PIECE": min(piece, _WHOLE),
         "STATES_PER_PIECE": states,
         "HEADS_PER_BLOCK": heads,
         "num_stages": 4,
     }
+
+
+def _cost_us(nheads: int, tiles: int, chunks: int, piece: int, states: int, heads: int) -> float:
+    """What a cut takes: microseconds on an H200 of one sequence with headdim 64 and dstate 128.
+
+    A start, and for every wave of one thread block an SM another and its chunks; where there are pieces, a kernel before it
+    for the states that they leave, and every such state on its way through memory.
+    """
+    pieces = -(-chunks // piece)
+    waves = -(-(-(-nheads // heads) * tiles * pieces) // _SMS)
+    us = 7.2 + 5 * (waves - 1) + waves * ({1: 1.0, 2: 1.8}[heads] * piece + 1.3 * (heads - 1))
+    if pieces > 1:
+        ends = -(-nheads // 2) * tiles * (pieces - 1) * states
+        us += 3.7 + 0.68 * -(-piece // states) * -(-ends // _SMS)
+        us += 0.7 * pieces * states + 0.0093 * nheads * tiles * (pieces - 1) * states
+    return us
 
 
 MAMBA_CHUNK_SCAN_COMBINED = OpSpec(
