@@ -1,5 +1,5 @@
-"""`python -m benchmarks docs`: writes what in docs/ follows from code and results: support.md, the tolerances in numerics.md and
-how rows travel in tuning.md.
+"""`python -m benchmarks docs`: writes what in docs/ follows from code and results: support.md, the tolerances in numerics.md
+and how rows travel in tuning.md.
 
 Which implementation a call gets is asked of the package itself, for a model's shape on each device.
 """

@@ -190,7 +190,7 @@ def test_a_thread_without_a_context_is_left_to_triton(monkeypatch: pytest.Monkey
 
 
 def test_an_error_of_the_driver_is_raised(monkeypatch: pytest.MonkeyPatch):
-    call = CALLS["mamba_chunk_scan_combined"]
+    call = CALLS["mamba_chunk_scan_combined, in pieces"]
     check_replayed(call, [])
     monkeypatch.setattr(DRIVER.cuda, "code", 1)
     before = DRIVER.cuda.launched
@@ -220,7 +220,7 @@ def test_scratch_is_given_back(monkeypatch: pytest.MonkeyPatch):
             raise ValueError("given")
 
     monkeypatch.setattr(_recording, "_raw_memory", lambda device: (take, give))
-    call = CALLS["mamba_chunk_scan_combined"]
+    call = CALLS["mamba_chunk_scan_combined, in pieces"]
     given = stub_driver.tensors_of(call)
     first, *_, last = (launches(call) for _ in range(4))
     assert written(first, given) == written(last, given)

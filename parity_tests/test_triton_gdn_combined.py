@@ -349,8 +349,8 @@ def test_a_gradient_is_refused_and_not_dropped():
 
 
 KERNELS = (
-    "_chunk_delta_h_kernel", "_chunk_local_cumsum_kernel", "_chunk_o_gluon_kernel", "_chunk_o_kernel",
-    "_chunk_scaled_dot_kkt_kernel", "_invert", "_kkt_solve_kernel", "_l2norm_kernel", "_loop_kernel", "_pairs",
+    "_between_kernel", "_chunk_delta_h_kernel", "_chunk_local_cumsum_kernel", "_chunk_o_gluon_kernel", "_chunk_o_kernel",
+    "_chunk_scaled_dot_kkt_kernel", "_ends_kernel", "_invert", "_kkt_solve_kernel", "_l2norm_kernel", "_loop_kernel", "_pairs",
     "_prepare_inverse", "_prepare_kernel", "_recompute_w_u_kernel", "_recurrent_kernel", "_solve_tril_kernel",
 )  # fmt: skip
 

@@ -1,4 +1,5 @@
-"""The fused path's second kernel compiles for Hopper: registers, spills, shared memory, and products that stay asynchronous.
+"""The fused path's kernels after the first compile for Hopper: registers, spills, shared memory, and products that stay
+asynchronous.
 
     python -m parity_tests.test_triton_gdn_fused_gates < variants.json
 
@@ -14,7 +15,7 @@ from typing import Any
 import pytest
 
 from .gates_apart import machine_code, rows_apart, serialised
-from .gates_triton import SHARED_LIMIT, TARGETS, resources
+from .gates_triton import SHARED_LIMIT, TARGETS, _source, resources
 from .test_triton_ssd_fused_compiled import gluon_source
 
 # Bytes of a thread: what the feeding warp may keep in local memory where options crowd it.
@@ -28,16 +29,50 @@ VARIANTS: list[dict[str, Any]] = [
     {"packed": True, "initial": "bf16", "final": False, "V": 256, "stages": 2},
     {"dtype": "fp16", "K": 64, "V": 64, "stages": 4},
     {"dtype": "fp16", "K": 64, "packed": True, "initial": "fp32", "stages": 4, "H_K": 2, "H_V": 8},
+    {"initial": "fp32", "final": False, "H_K": 2, "H_V": 8},
+]
+ENDS: list[dict[str, Any]] = [
+    {"kernel": "ends", "H_K": 2, "H_V": 8} | sizes for sizes in ({}, {"dtype": "fp16", "K": 64})
+]
+BETWEEN: list[dict[str, Any]] = [
+    {"kernel": "between", "H_V": 8} | sizes for sizes in ({"initial": "bf16"}, {"K": 64, "V": 64})
 ]
 
 
-def source(
+def loop_source(
     dtype: str = "bf16", K: int = 128, V: int = 128, stages: int = 3, packed: bool = False, initial: str = "",
     final: bool = True, H_K: int = 16, H_V: int = 32, warpgroups: int = 1,
 ) -> Any:  # fmt: skip
-    from triton.experimental.gluon import language as gl
-
     from triton_ssm.gdn._loop_kernel import gdn_loop_kernel_hopper
+
+    pointers = {"o_ptr": f"*{dtype}"}
+    pointers |= {"initial_ptr": f"*{initial}"} if initial else {}
+    pointers |= {"final_ptr": "*fp32"} if final else {}
+    pointers |= {"cu_seqlens_ptr": "*i32"} if packed else {}
+    constants = {"H_K": H_K, "H_V": H_V, "K": K, "V": V, "WARPGROUPS": warpgroups, "STAGES": stages}
+    return gluon_source(gdn_loop_kernel_hopper, tiles(dtype, K), pointers, constants)
+
+
+def ends_source(dtype: str = "bf16", K: int = 128, V: int = 128, H_K: int = 16, H_V: int = 32) -> Any:
+    from triton_ssm.gdn._ends_kernel import gdn_ends_kernel_hopper
+    from triton_ssm.gdn._segments import _STAGES
+
+    constants = {"H_K": H_K, "H_V": H_V, "K": K, "V": V, "STAGES": _STAGES}
+    return gluon_source(gdn_ends_kernel_hopper, tiles(dtype, K), {"ends_ptr": "*fp32"}, constants)
+
+
+def between_source(K: int = 128, V: int = 128, H_V: int = 32, initial: str = "") -> Any:
+    from triton_ssm.gdn import _segments
+    from triton_ssm.gdn._between_kernel import gdn_between_kernel
+
+    pointers = {"ends_ptr": "*fp32", "states_ptr": "*fp32"} | ({"initial_ptr": f"*{initial}"} if initial else {})
+    sizes = {"BLOCK_SIZE_V": _segments._BLOCK_SIZE_V, "STAGES": _segments._AHEAD}
+    return _source(gdn_between_kernel, pointers, {"H_V": H_V, "K": K, "V": V} | sizes)
+
+
+def tiles(dtype: str, K: int) -> dict[str, Any]:
+    """Descriptors, of which no kernel here has all."""
+    from triton.experimental.gluon import language as gl
 
     element = {"bf16": gl.bfloat16, "fp16": gl.float16}[dtype]
     tile = {
@@ -45,20 +80,22 @@ def source(
     }
     row = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2)
     layouts = {f"{name}_desc": tile[K] for name in "qkY"} | {f"{name}_desc": tile[64] for name in ("v", "PX", "o")}
-    layouts["gates_desc"] = ("fp32", (2, 128), row)
-    pointers = {"o_ptr": f"*{dtype}"}
-    pointers |= {"initial_ptr": f"*{initial}"} if initial else {}
-    pointers |= {"final_ptr": "*fp32"} if final else {}
-    pointers |= {"cu_seqlens_ptr": "*i32"} if packed else {}
-    constants = {"H_K": H_K, "H_V": H_V, "K": K, "V": V, "WARPGROUPS": warpgroups, "STAGES": stages}
-    return gluon_source(gdn_loop_kernel_hopper, layouts, pointers, constants)
+    return layouts | {"gates_desc": ("fp32", (2, 128), row)}
 
 
 def compiled_row(variant: dict[str, Any]) -> dict[str, Any]:
     import triton
 
-    compiled = triton.compile(source(**variant), target=TARGETS["sm_90"], options={"num_warps": 4})
+    from triton_ssm.gdn._segments import _WARPS
+
+    variant = dict(variant)
+    kernel = variant.pop("kernel", "loop")
+    sources = {"loop": loop_source, "ends": ends_source, "between": between_source}
+    options = {"num_warps": _WARPS if kernel == "between" else 4}
+    compiled = triton.compile(sources[kernel](**variant), target=TARGETS["sm_90"], options=options)
     sass = machine_code(compiled.asm["cubin"])
+    if kernel == "between":
+        return {**variant, **resources(compiled), "tf32": len(re.findall(r"mma\.sync.*tf32", compiled.asm["ptx"]))}
     return {
         **variant,
         **resources(compiled),
@@ -108,11 +145,16 @@ def _registers(instruction: str) -> tuple[set[int], set[int]]:
     return set(named[1:]), set(range(named[0], named[0] + wide))
 
 
+@pytest.fixture(scope="module")
+def rows() -> list[dict[str, Any]]:
+    found = rows_apart(__name__, VARIANTS + ENDS + BETWEEN)
+    assert len(found) == len(VARIANTS + ENDS + BETWEEN)
+    return found
+
+
 @pytest.mark.timeout(600)
-def test_the_loop_compiles_for_hopper():
-    rows = rows_apart(__name__, VARIANTS)
-    assert len(rows) == len(VARIANTS)
-    for row in rows:
+def test_the_loop_compiles_for_hopper(rows):
+    for row in rows[: len(VARIANTS)]:
         assert not row["hazards"], row
         warpgroups = row.get("warpgroups", 1)
         assert row["local"] <= (SLACK if warpgroups == 2 else 0) and not row["said"], row
@@ -120,6 +162,20 @@ def test_the_loop_compiles_for_hopper():
         # h·k and h·q of K/16 steps each, r·PX and r·Y of a chunk's 64 tokens.
         steps = 2 * row.get("K", 128) // 16 + 2 * 64 // 16
         assert len(row["products"]) == warpgroups * steps and "RZ" not in row["products"], row
+
+
+@pytest.mark.timeout(600)
+def test_the_kernels_of_segments_compile_for_hopper(rows):
+    rows = rows[len(VARIANTS) :]
+    assert not any(row["local"] or row["shared"] > SHARED_LIMIT["sm_90"] for row in rows), rows
+    for row in rows[: len(ENDS)]:
+        assert not row["hazards"] and not row["said"], row
+        # h·k of K/16 steps, and r·Y.
+        assert len(row["products"]) == row.get("K", 128) // 16 + 64 // 16 and "RZ" not in row["products"], row
+    for row in rows[len(ENDS) :]:
+        K = row.get("K", 128)
+        # Three products of tf32, each of 8 columns of T by 8 rows; a warp has an eighth of the columns.
+        assert row["tf32"] == 3 * (K // 8) * (K // 8) // 8, row
 
 
 PRODUCTS = """

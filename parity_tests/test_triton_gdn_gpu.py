@@ -11,6 +11,7 @@ A pattern that this compiler gets wrong is an expected failure; one that it gets
 """
 
 import contextlib
+import inspect
 import math
 import warnings
 from typing import Any
@@ -23,6 +24,8 @@ import triton.language as tl
 
 import triton_ssm
 from ssm_configs import override
+from ssm_configs.contracts.gdn_segments import segment_chunks
+from triton_ssm.gdn import _segments
 
 from .cases_gdn import CHUNKED, GDN_STAGES
 from .compare import against_oracle, error
@@ -253,6 +256,54 @@ def test_fused_reads_nothing_of_others(heads):
     (o, final), _ = fused(tensors), [x[1].fill_(math.nan) for x in tensors]
     bad_o, bad_final = fused(tensors)
     assert torch.equal(o[0], bad_o[0]) and torch.equal(final[0], bad_final[0])
+
+
+def in_segments_of(length: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of so many chunks, whatever the rule says."""
+    monkeypatch.setattr(_segments, "segment_chunks", lambda *sizes: min(length, sizes[4]))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("length", [1, 2, 3])
+@pytest.mark.parametrize(("K", "V"), [(128, 128), (64, 128), (128, 64)])
+def test_the_whole_operator_fused_in_segments(K, V, length, dtype, monkeypatch):
+    """Of six chunks, with a tail."""
+    in_segments_of(length, monkeypatch)
+    # One length, one size: a replayed call knows of no other rule.
+    dims = {"B": 2, "T": 320 + length, "H_k": 2, "H_v": 4, "K": K, "V": V, "L": 64}
+    options = {"initial": True, "slow": True, "l2norm": True}
+    with override(CHUNKED, FUSED=True):
+        check(Case(CHUNKED, "compiled", dims, dtype, "float32", options))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("initial", [False, True])
+def test_segments_of_the_rule_against_the_whole(initial, monkeypatch):
+    """Also when calls are replayed."""
+    tensors, T = drawn(1, 8000), 8000
+    tensors[3] *= 1e-3  # or nothing of a segment is left in the next
+    assert segment_chunks(1, 4, 128, 128, -(-T // BT)) < -(-T // BT)
+    options: dict[str, Any] = {"initial_state": torch.randn(1, 4, 128, 128, device="cuda") if initial else None}
+    found = [fused(tensors, **options) for _ in range(4)]
+    assert all(torch.equal(a, b) for again in found[1:] for a, b in zip(found[0], again, strict=True))
+    in_segments_of(T, monkeypatch)
+    monkeypatch.setattr(triton_ssm, "chunk_gated_delta_rule", inspect.unwrap(triton_ssm.chunk_gated_delta_rule))
+    for some, whole in zip(found[0], fused(tensors, **options), strict=True):
+        assert error(some.float().cpu().numpy(), whole.double().cpu().numpy()).within(8e-3, 2e-2)
+        assert not torch.equal(some, whole), "both came whole"
+
+
+@pytest.mark.gpu
+def test_segments_read_nothing_of_others(monkeypatch):
+    in_segments_of(2, monkeypatch)
+    tensors = drawn(2, 310)
+    o, final = fused(tensors)
+    for x in tensors:
+        x[1] = math.nan
+    bad_o, bad_final = fused(tensors)
+    assert torch.equal(o[0], bad_o[0]) and torch.equal(final[0], bad_final[0])
+    assert bad_o[1].isnan().all() and bad_final[1].isnan().all()
 
 
 @pytest.mark.gpu

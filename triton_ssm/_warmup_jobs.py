@@ -288,6 +288,8 @@ def _delta_rule(request: Request) -> Iterator[Job]:
     # Beyond so many sequences the fused path's second kernel is another one.
     few = _loop.most_sequences(H, dims.value_dim)
     many = (1,) * (int(few) + 1) if math.isfinite(few) else None
+    # Beyond so many tokens a dense sequence is one of segments, whose states more kernels find.
+    long = _loop.fewest_tokens(H, dims.key_dim, dims.value_dim, most)
 
     def configs(name: str, most: int) -> list[Config]:
         return request.configs(name, dtype=dims.dtype, unit=H, most=most, **sizes)
@@ -304,9 +306,12 @@ def _delta_rule(request: Request) -> Iterator[Job]:
     for form in request.forms:
         for entry in dict.fromkeys("plain" if entry == "plain" else "split" for entry in request.entries):
             for pinned in pins:
+                cut = long if pinned[op]["FUSED"] and not form.startswith("packed") else None
 
-                def draws(draw: Draw, form: str = form, entry: str = entry) -> Iterator[Tensors]:
+                def draws(draw: Draw, form: str = form, entry: str = entry, cut: int | None = cut) -> Iterator[Tensors]:
                     for initial in _initial(form):
+                        if cut is not None:
+                            yield operands.delta_rule(draw, form, entry, initial, (cut,))
                         for lengths in (
                             ((_FEW // 2, _FEW // 2), (1, 0)) if form.startswith("packed") else ((_FEW,), (1,))
                         ):

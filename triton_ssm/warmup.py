@@ -42,8 +42,9 @@ def warmup(
     """Compiles and loads every kernel variant that calls up to these sizes reach. Once per process: an equal call later returns
     the same summary, `cached=True`.
 
-    Needs a few slots of state and a few hundred tokens of memory, for each thread, and gives it back: call it before caches are
-    allocated. It resets torch's peak-memory counter of the device. Random states of the process stay as they are.
+    Needs a few slots of state and a few hundred tokens of memory, for each thread (a few thousand for a gated delta rule of few
+    heads, a few dozen MiB), and gives it back: call it before caches are allocated. It resets torch's peak-memory counter of
+    the device. Random states of the process stay as they are.
 
     Args:
         model: a `ModelDims`, a Hugging Face config that `ModelDims.from_config` reads, or None: nothing to warm.

@@ -10,7 +10,7 @@ from ssm_configs.contracts.gdn import Dims
 
 from .._plans import Launcher
 from ..ssd._fused_gluon import row_tiles, tiles
-from . import _prepare
+from . import _prepare, _segments
 from ._loop_kernel import COLUMNS as _COLUMNS
 from ._loop_kernel import GATE_ROWS as _GATE_ROWS
 from ._loop_kernel import gdn_loop_kernel_hopper
@@ -44,7 +44,9 @@ def launch(
     PX, Y, gates, initial, final, cu_seqlens, o: torch.Tensor,
 ) -> None:  # fmt: skip
     """o [B,T,H_v,V] and, unless None, `final` [N_seq,H_v,K,V] in fp32 of `readable` q, k and v and what `_prepare` wrote."""
-    warpgroups = warpgroups_of(dims)
+    length = _segments.chunks_of(dims, _SMS)
+    segments = -(-dims.NC // length)
+    warpgroups = warpgroups_of(dims) if segments == 1 else 1
     stages = max(_MIN_STAGES, min(int(config["num_stages"]), (_SHARED_LIMIT - _SPARE) // _stage_bytes(dims)))
     rows, keys, values, of_chunks = dims.B * dims.T, dims.H_k * dims.K, dims.H_v * dims.V, Y.shape[0]
     descriptors = (
@@ -56,9 +58,12 @@ def launch(
         row_tiles(gates, GATE_ROWS),
         tiles(o, rows, values, values, COLUMNS),
     )
+    if segments > 1:
+        _, k, v, _, Y, gates, _ = descriptors
+        initial = _segments.states_before(key, dims, length, k, v, Y, gates, initial)
     _LOOP(
-        key, (_programs(dims, warpgroups), 1, 1),
-        (o, *descriptors, initial, final, cu_seqlens, dims.T, dims.NC, dims.N_seq),
+        key, (_programs(dims, warpgroups) * segments, 1, 1),
+        (o, *descriptors, initial, final, cu_seqlens, dims.T, dims.NC, dims.N_seq, segments, length),
         (dims.H_k, dims.H_v, dims.K, dims.V, warpgroups, stages), 4,
     )  # fmt: skip
 
@@ -66,6 +71,11 @@ def launch(
 def warpgroups_of(dims: Dims) -> int:
     """Of one program, 64 columns of a state each: two where one would make more programs than run at once."""
     return 2 if dims.N_seq > most_sequences(dims.H_v, dims.V) else 1
+
+
+def fewest_tokens(H_v: int, K: int, V: int, most: int) -> int | None:
+    """Of a dense sequence in segments; None where none of `most` tokens is."""
+    return _segments.fewest_tokens(H_v, K, V, most, _SMS)
 
 
 def most_sequences(H_v: int, V: int) -> float:

@@ -18,6 +18,8 @@ One warpgroup has the shorter chain, chunk after chunk; two share all tiles but 
 products, which pays once there are more programs than SMs. Either way every number is computed alike. What is rounded to q's
 dtype: h, r and o.
 
+A dense sequence may come as segments of chunks, which programs of their own start with the states of `_between_kernel`.
+
 q, k and v are the caller's own, so a sequence's last tiles may have rows of others, even NaN. Those of k and v are dead columns
 of r^T, which a select clears, and the parts of PX and Y that they would meet are zero; those of q make rows of o that nobody
 stores.
@@ -112,7 +114,7 @@ def _elements(K: gl.constexpr, V: gl.constexpr, layout: gl.constexpr):
 
 @gluon.jit
 def _carry(
-    q_s, k_s, v_s, PX_s, Y_s, gates_s, o_s, full, empty, initial_ptr, final_ptr, length, chunks,
+    q_s, k_s, v_s, PX_s, Y_s, gates_s, o_s, full, empty, initial_ptr, final_ptr, length, is_last,
     K: gl.constexpr, V: gl.constexpr, WARPGROUPS: gl.constexpr, STAGES: gl.constexpr, i: gl.constexpr,
 ):  # fmt: skip
     """The warpgroup of the program's i-th columns. Pointers to states are those of the program's."""
@@ -121,6 +123,7 @@ def _carry(
     aT: gl.constexpr = gl.DotOperandLayout(0, mT, 2)
     aS: gl.constexpr = gl.DotOperandLayout(0, mS, 2)
     dtype: gl.constexpr = k_s.dtype
+    chunks = (length + (CHUNK - 1)) // CHUNK
     columns = gl.arange(0, CHUNK, layout=gl.SliceLayout(0, mT))
     nothing = gl.zeros((COLUMNS, CHUNK), gl.float32, mT)
     state = gl.zeros((COLUMNS, K), gl.float32, mS)
@@ -160,7 +163,8 @@ def _carry(
     gl.thread_barrier()
     mbarrier.arrive(empty.index((chunks + STAGES - 1) % STAGES), pred=chunks > 0)
     if final_ptr is not None:
-        gl.store(final_ptr + i * COLUMNS + _elements(K, V, mS), state)
+        if is_last != 0:
+            gl.store(final_ptr + i * COLUMNS + _elements(K, V, mS), state)
 
 
 @gluon.jit
@@ -178,27 +182,42 @@ def _blank(o_ptr, begin, end, column, o_stride: gl.constexpr, WIDTH: gl.constexp
 # Sizes that change from call to call must not key a compile: neither their divisibility nor their being 1; nor where the
 # bounds begin, which may be a slice of the batch's.
 @gluon.jit(
-    do_not_specialize=["n_tokens", "n_chunks", "n_sequences"], do_not_specialize_on_alignment=["cu_seqlens_ptr"]
+    do_not_specialize=["n_tokens", "n_chunks", "n_sequences", "n_segments", "segment_chunks"],
+    do_not_specialize_on_alignment=["cu_seqlens_ptr"],
 )  # fmt: skip
 def gdn_loop_kernel_hopper(
     o_ptr, q_desc, k_desc, v_desc, PX_desc, Y_desc, gates_desc, o_desc, initial_ptr, final_ptr, cu_seqlens_ptr,
-    n_tokens, n_chunks, n_sequences,
+    n_tokens, n_chunks, n_sequences, n_segments, segment_chunks,
     H_K: gl.constexpr, H_V: gl.constexpr, K: gl.constexpr, V: gl.constexpr, WARPGROUPS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """o [B,T,H_v,V]; initial [N_seq,H_v,K,V] of any dtype; final the same in fp32. Programs of a head read q, k, PX and Y
-    together, through the L2 cache."""
+    """o [B,T,H_v,V]; initial [N_seq·n_segments,H_v,K,V] of any dtype; final [N_seq,H_v,K,V] in fp32. Programs of a head read
+    q, k, PX and Y together, through the L2 cache.
+
+    n_segments: of `segment_chunks` chunks but for the last, in every sequence. Few sequences have more than one, dense ones
+    that one warpgroup a program serves.
+    """
     PARTS: gl.constexpr = V // (WARPGROUPS * COLUMNS)
     part = gl.program_id(0) % PARTS
     h = gl.program_id(0) // PARTS % H_V
     n = gl.program_id(0) // (PARTS * H_V)
-    if cu_seqlens_ptr is None:
+    # Of the states that sequences and segments begin with.
+    segment, is_last = n, 1
+    if cu_seqlens_ptr is not None:
+        begin = bound(cu_seqlens_ptr, n, n_tokens)
+        end = gl.maximum(bound(cu_seqlens_ptr, gl.minimum(n + 1, n_sequences), n_tokens), begin)
+        slot = (begin // CHUNK).to(gl.int32) + n
+    elif WARPGROUPS == 2:
         begin = n.to(gl.int64) * n_tokens
         end = begin + n_tokens
         slot = n * n_chunks
     else:
-        begin = bound(cu_seqlens_ptr, n, n_tokens)
-        end = gl.maximum(bound(cu_seqlens_ptr, gl.minimum(n + 1, n_sequences), n_tokens), begin)
-        slot = (begin // CHUNK).to(gl.int32) + n
+        n = segment // n_segments
+        first = segment % n_segments * segment_chunks
+        is_last = (first + segment_chunks >= n_chunks).to(gl.int32)
+        begin = n.to(gl.int64) * n_tokens
+        end = begin + gl.minimum((first + segment_chunks) * CHUNK, n_tokens)
+        begin += first * CHUNK
+        slot = n * n_chunks + first
     if n < n_sequences:
         dtype: gl.constexpr = k_desc.dtype
         q_s = gl.allocate_shared_memory(dtype, [STAGES, CHUNK, K], q_desc.layout)
@@ -216,11 +235,11 @@ def gdn_loop_kernel_hopper(
             mbarrier.init(empty.index(s), count=WARPGROUPS)
         fence_async_shared()
         gl.thread_barrier()
-        state = (n.to(gl.int64) * H_V + h) * (K * V) + part * (WARPGROUPS * COLUMNS)
+        columns = part * (WARPGROUPS * COLUMNS)
         if initial_ptr is not None:
-            initial_ptr += state
+            initial_ptr += (segment.to(gl.int64) * H_V + h) * (K * V) + columns
         if final_ptr is not None:
-            final_ptr += state
+            final_ptr += (n.to(gl.int64) * H_V + h) * (K * V) + columns
         token = begin.to(gl.int32)
         length = (end - begin).to(gl.int32)
         chunks = (length + (CHUNK - 1)) // CHUNK
@@ -229,11 +248,11 @@ def gdn_loop_kernel_hopper(
             gl.warp_specialize(
                 [
                     (_carry, (
-                        q_s, k_s, v_s, PX_s, Y_s, gates_s, o_s, full, empty, initial_ptr, final_ptr, length, chunks,
+                        q_s, k_s, v_s, PX_s, Y_s, gates_s, o_s, full, empty, initial_ptr, final_ptr, length, is_last,
                         K, V, WARPGROUPS, STAGES, 0,
                     )),
                     (_carry, (
-                        q_s, k_s, v_s, PX_s, Y_s, gates_s, o_s, full, empty, initial_ptr, final_ptr, length, chunks,
+                        q_s, k_s, v_s, PX_s, Y_s, gates_s, o_s, full, empty, initial_ptr, final_ptr, length, is_last,
                         K, V, WARPGROUPS, STAGES, 1,
                     )),
                     (_feed, (
@@ -249,7 +268,7 @@ def gdn_loop_kernel_hopper(
             gl.warp_specialize(
                 [
                     (_carry, (
-                        q_s, k_s, v_s, PX_s, Y_s, gates_s, o_s, full, empty, initial_ptr, final_ptr, length, chunks,
+                        q_s, k_s, v_s, PX_s, Y_s, gates_s, o_s, full, empty, initial_ptr, final_ptr, length, is_last,
                         K, V, WARPGROUPS, STAGES, 0,
                     )),
                     (_feed, (

@@ -17,6 +17,8 @@ that make norms of q and k one:
 
 Rounded, to q's dtype: P; X and diag(d)·X; PX and Y; h and r; o once. Factors and sums are fp32. They take 16-bit inputs, chunks
 of 64, and K and V of 64 or 128; other calls go stage by stage whatever the table says, and all of them do in the interpreter.
+Without cu_seqlens, long sequences of few heads are cut into segments of chunks that run at once: what one does to a state is
+linear, and a pass without outputs finds the states between them, in fp32 (`_segments`). Rounding points are the same.
 
 Source: Yang, Kautz and Hatamizadeh, Gated Delta Networks (2024); flash-linear-attention's operator of this name.
 """

@@ -34,7 +34,7 @@ def segment_of(dims: Dims) -> int:
     """Chunks of a segment of any sequence; `dims.NC` where they stay whole.
 
     Packed sequences are cut as if they were of one length: nobody can ask a GPU for their bounds without waiting for it.
-    Sequence n's first segment has number first slot // segment + n; where that leaves room for more than it has, they are empty.
+    Sequence n's first segment has number first slot // segment + n; where that leaves room for more, they are empty.
     """
     if not dims.N_seq:
         return dims.NC
