@@ -1,15 +1,14 @@
-"""The result file: one JSON a device and op, the only source of every figure that is shown."""
+"""The result file: one JSON a device and op (`runs`), the only source of every figure that is shown."""
 
-import datetime
 import json
-import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from parity_tests.cases import Case
 
+from . import runs
 from .op import BenchOp
 
 CEILING = "ceiling:copy"
@@ -93,29 +92,17 @@ def quoted(op: BenchOp, cases: Sequence[Case], path: Path, names: Sequence[str])
 
 
 def write(path: Path, op: str, device: str, versions: Mapping[str, str], command: str, rows: Sequence[Row]) -> None:
-    """In one step, rows a line each."""
-    head = {
-        "op": op,
-        "device": device,
-        "versions": dict(versions),
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "command": command,
-    }
-    lines = [f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in head.items()]
-    body = ",\n".join(f"    {json.dumps(rounded(asdict(row)), allow_nan=False)}" for row in rows)
-    text = "{\n" + ",\n".join(lines) + ',\n  "rows": [\n' + body + "\n  ]\n}\n"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    """In one step. What earlier runs measured and this one did not stays."""
+    runs.write(path, op, device, runs.read(path, device), versions, command, rows, ("case", "implementation", "dims"))
 
 
 def read(path: Path) -> tuple[dict[str, Any], list[Row]]:
-    """(everything but the rows, the rows)."""
+    """(op and device, with all runs' versions and commands and the last date; the rows of all runs)."""
     data = json.loads(path.read_text(encoding="utf-8"))
-    rows = [Row(**row) for row in data.pop("rows")]
-    return data, rows
-
-
-def rounded(row: dict[str, Any]) -> dict[str, Any]:
-    return {key: float(f"{value:.6g}") if isinstance(value, float) else value for key, value in row.items()}
+    found = data.get("runs", [data])
+    head = {"op": data["op"], "device": data["device"], "versions": {}}
+    for run in found:
+        head["versions"] |= run["versions"]
+    head["date"] = max(run["date"] for run in found)
+    head["command"] = "; ".join(dict.fromkeys(run["command"] for run in found))
+    return head, [Row(**row) for run in found for row in run["rows"]]

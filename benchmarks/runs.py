@@ -1,4 +1,4 @@
-"""Result files to which several runs contribute: start.json and host.json.
+"""Result files, to which several runs contribute: an operator's, start.json and host.json.
 
     {"op", "device", "runs": [{"versions", "date", "command", "note", "rows": [row, …]}, …]}
 
@@ -14,8 +14,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
-
-from .results import rounded
 
 HEAD = ("versions", "date", "command")
 NOTE = "note"
@@ -54,12 +52,13 @@ def write(
     """In one step, rows a line each: `measured` ones (dataclasses), and of `earlier` runs what was not measured again."""
     if not measured:
         return
+
+    def key_of(row: Mapping[str, Any]) -> str:
+        return json.dumps([row.get(key) for key in keys], sort_keys=True)
+
     rows = [rounded(asdict(row)) for row in measured]
-    again = {tuple(row.get(key) for key in keys) for row in rows}
-    runs = [
-        {**run, "rows": [row for row in run["rows"] if tuple(row.get(key) for key in keys) not in again]}
-        for run in earlier
-    ]
+    again = {key_of(row) for row in rows}
+    runs = [{**run, "rows": [row for row in run["rows"] if key_of(row) not in again]} for run in earlier]
     date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     noted = {NOTE: note} if note else {}
     runs.append({"versions": dict(versions), "date": date, "command": command, **noted, "rows": rows})
@@ -73,3 +72,7 @@ def write(
     temporary = path.with_suffix(".tmp")
     temporary.write_text("{\n" + head + '  "runs": [\n' + ",\n".join(parts) + "\n  ]\n}\n", "utf-8")
     os.replace(temporary, path)
+
+
+def rounded(row: dict[str, Any]) -> dict[str, Any]:
+    return {key: float(f"{value:.6g}") if isinstance(value, float) else value for key, value in row.items()}

@@ -1,10 +1,12 @@
 """`python -m benchmarks table`: the README's speed table, from the committed results and nothing else."""
 
 import argparse
-import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from . import results
+from .results import Row
 
 RESULTS = Path(__file__).parent / "results"
 README = Path(__file__).parents[1] / "README.md"
@@ -100,15 +102,15 @@ def table(device: str = "NVIDIA_H200") -> str:
         path = RESULTS / device / f"{op}.json"
         if not path.exists():
             continue
-        results = json.loads(path.read_text("utf-8"))
-        versions |= results["versions"]
+        head, measured = results.read(path)
+        versions |= head["versions"]
         for line in wanted:
-            rows = {row["implementation"]: row for row in _matching(results["rows"], line)}
+            rows = {row.implementation: row for row in _matching(measured, line)}
             if not rows:  # not measured on this device
                 continue
             used |= rows.keys()
             cells = [_cell(rows.get(name)) for name in COLUMNS]
-            lines.append([line.title, *cells, f"{next(iter(rows.values()))['floor_us']:.1f}"])
+            lines.append([line.title, *cells, f"{next(iter(rows.values())).floor_us:.1f}"])
     keep = [i for i, name in enumerate(COLUMNS, 1) if name in used]
     keep = [0, *keep, len(header) - 1]
     rendered = "\n".join("| " + " | ".join(line[i] for i in keep) + " |" for line in lines)
@@ -120,7 +122,8 @@ def table(device: str = "NVIDIA_H200") -> str:
     delta = _DELTA_RULE if any((RESULTS / device / f"{op}.json").exists() for op in LINES if "delta_rule" in op) else ""
     return (
         f"## Speed\n\nMicroseconds on one {device.replace('_', ' ')} (driver {versions['driver']}; {software}): device time, "
-        "cold L2, median, random data,\neach operator in one process. Decode: headdim 64, dstate 128, 8 groups. Scan: the "
+        "cold L2, median, random data,\nan operator's rows by one run or by the few that its result file names. "
+        "Decode: headdim 64, dstate 128, 8 groups. Scan: the "
         "same sizes, from raw dt, with D and final states.\nConvolution: width 4, bias, SiLU, a pool of states. Activations "
         "are bf16. The copy moves the operator's minimum bytes at the\nmeasured copy bandwidth. FLA runs its packed form, "
         "with the config that its own autotuner chose for the first shape it met.\n"
@@ -128,14 +131,14 @@ def table(device: str = "NVIDIA_H200") -> str:
     )
 
 
-def _matching(rows: list[dict[str, Any]], line: Line) -> Iterator[dict[str, Any]]:
+def _matching(rows: Iterable[Row], line: Line) -> Iterator[Row]:
     for row in rows:
-        if row["case"] == line.case and all(row["dims"].get(key) == value for key, value in line.dims.items()):
+        if row.case == line.case and all(row.dims.get(key) == value for key, value in line.dims.items()):
             yield row
 
 
-def _cell(row: dict[str, Any] | None) -> str:
-    return "" if row is None else f"{row['us']:.1f}"
+def _cell(row: Row | None) -> str:
+    return "" if row is None else f"{row.us:.1f}"
 
 
 def in_readme(text: str, new: str) -> str:

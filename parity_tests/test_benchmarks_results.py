@@ -53,9 +53,11 @@ def test_the_schema(tmp_path):
     path = tmp_path / "new" / "selective_state_update.json"
     write(path, rows())
     data = json.loads(path.read_text())
-    assert data.keys() == {"op", "device", "versions", "date", "command", "rows"}
-    assert all(row.keys() == KEYS for row in data["rows"])
-    row = data["rows"][1]
+    assert data.keys() == {"op", "device", "runs"}
+    (run,) = data["runs"]
+    assert run.keys() == {"versions", "date", "command", "rows"}
+    assert all(row.keys() == KEYS for row in run["rows"])
+    row = run["rows"][1]
     assert row["dims"] == {
         "S": 8, "B": 8, "H": 128, "G": 8, "P": 64, "N": 128, "dtype": "bfloat16", "state_dtype": "float32",
     }  # fmt: skip
@@ -63,6 +65,20 @@ def test_the_schema(tmp_path):
     head, read = results.read(path)
     assert head["device"] == "NVIDIA_H200" and [one.us for one in read] == [one.us for one in rows()]
     assert list(path.parent.iterdir()) == [path]
+
+
+def test_a_run_takes_the_place_of_what_it_measures_again(tmp_path):
+    path = tmp_path / "selective_state_update.json"
+    write(path, rows())
+    again = [dataclasses.replace(row, us=7.0) for row in rows()[1:2]]
+    results.write(path, OP.name, "NVIDIA_H200", {"torch": "2.12.0"}, "python -m benchmarks run again", again)
+    head, read = results.read(path)
+    assert head["versions"] == {"torch": "2.12.0", "driver": "580"} and head["command"].endswith(
+        "run; python -m benchmarks run again"
+    )
+    assert [row.us for row in read] == [row.us for i, row in enumerate(rows()) if i != 1] + [7.0]
+    with pytest.raises(ValueError, match="expected results of NVIDIA_B200, got NVIDIA_H200"):
+        results.write(path, OP.name, "NVIDIA_B200", {}, "", again)
 
 
 def test_the_floor_is_the_bytes_at_the_fastest_copy():
