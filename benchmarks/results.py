@@ -97,12 +97,12 @@ def write(path: Path, op: str, device: str, versions: Mapping[str, str], command
 
 
 def read(path: Path) -> tuple[dict[str, Any], list[Row]]:
-    """(op and device, with all runs' versions and commands and the last date; the rows of all runs)."""
+    """(op and device, with all runs' versions, dates and commands; the rows of all runs)."""
     data = json.loads(path.read_text(encoding="utf-8"))
     found = data.get("runs", [data])
     head = {"op": data["op"], "device": data["device"], "versions": {}}
     for run in found:
         head["versions"] |= run["versions"]
-    head["date"] = max(run["date"] for run in found)
-    head["command"] = "; ".join(dict.fromkeys(run["command"] for run in found))
+    for name in ("date", "command"):
+        head[name] = "; ".join(dict.fromkeys(run[name] for run in found))
     return head, [Row(**row) for run in found for row in run["rows"]]
