@@ -153,10 +153,8 @@ class _Prepare:
         return beta, G, last
 
     def products(self) -> tuple[jax.Array, jax.Array, tuple[jax.Array, jax.Array]]:
-        """q·k^T and k·k^T of rows of length 1 (as far as they are to be), q's with the scale; and by what q and k are short."""
-        own, shape = self.own, self.shape
-
-        norms = shape.static.use_qk_l2norm
+        """q·k^T and k·k^T of rows of norm one, where they are to be, q's with the scale; and the rows' factors for that."""
+        own, shape, norms = self.own, self.shape, self.shape.static.use_qk_l2norm
 
         def multiply(qk: Any, kk: Any, *qq: Any) -> list[jax.Array]:
             for i in range(shape.widths):
