@@ -5,6 +5,7 @@ Nothing is read but the result file, so a figure can be redrawn anywhere.
 
 import argparse
 import re
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +22,8 @@ _COLORS = {
     "peer:fla": "#b8860b",
     "peer:fla_gluon": "#c2185b",
     "peer:causal_conv1d": "#9467bd",
+    "peer:bonsai": "#5d4037",
+    "peer:maxtext": "#00838f",
 }
 _NAMES = {"triton": "triton_ssm", "mosaic_gpu": "pallas_ssm (Mosaic GPU)", "xla": "pallas_ssm (XLA)"}
 _INK, _GRID = "#20242a", "#d5d9df"
@@ -94,7 +97,8 @@ def figure(title: str, points: Sequence[Point], ceiling: float | None, path: Pat
 
     canvas = Figure(figsize=(8, 4.8), dpi=150, layout="constrained")
     axes = canvas.add_subplot()
-    for implementation in dict.fromkeys(point.row.implementation for point in points):
+    present = {point.row.implementation for point in points}
+    for implementation in [*(name for name in _COLORS if name in present), *sorted(present - _COLORS.keys())]:
         own = sorted((point.size, point.row.gbps, point.row.source) for point in points
                      if point.row.implementation == implementation)  # fmt: skip
         x, y, sources = zip(*own, strict=True)
@@ -110,12 +114,12 @@ def figure(title: str, points: Sequence[Point], ceiling: float | None, path: Pat
     axes.set_ylim(bottom=0)
     axes.set_xlabel(_AXES.get(points[0].axis, points[0].axis), color=_INK)
     axes.set_ylabel("GB/s, cold L2", color=_INK)
-    axes.set_title(title, color=_INK, fontsize=11)
+    axes.set_title(textwrap.fill(title, 84), color=_INK, fontsize=11)
     axes.tick_params(colors=_INK)
     axes.grid(color=_GRID, linewidth=0.6)
     for spine in axes.spines.values():
         spine.set_color(_GRID)
-    axes.legend(frameon=False, labelcolor=_INK, fontsize=9, loc="lower right")
+    canvas.legend(frameon=False, labelcolor=_INK, fontsize=9, loc="outside lower center", ncols=4)
     canvas.savefig(path)
 
 
