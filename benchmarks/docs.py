@@ -23,7 +23,6 @@ from parity_tests.tolerances import TOLERANCES
 from ssm_configs import SPECS, OpSpec, TableWarning, shipped_tables
 
 FOLDER = Path(__file__).parents[1] / "docs"
-RESULTS = Path(__file__).parent / "results"
 BEGIN, END = "<!-- tolerances -->\n", "<!-- /tolerances -->"
 DTYPES = ("float32", "bfloat16", "float16")
 DEVICES = {
@@ -74,6 +73,7 @@ def main(arguments: argparse.Namespace) -> int:
 def pages() -> dict[str, str]:
     """File name -> text, as it should be."""
     from .report import sources, transferred
+    from .table import RESULTS
 
     transfer = sources.load(RESULTS / "NVIDIA_H200").transfer
     return {

@@ -22,6 +22,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from ._branches import when
+from ._by_lane import BY_LANE
 from ._causal_conv1d_call import Floats, Integers, Static
 from ._causal_conv1d_launch import PrefillLaunch, row_blocks
 from ._causal_conv1d_taps import convolve, load, load_taps, select, stage_taps
@@ -58,13 +59,7 @@ def run(
         grid=(dims.B * row_blocks(static, launch.BLOCK_SIZE_T) * (dims.D // launch.BLOCK_SIZE_D),),
         grid_names=("block",),
         kernel_name="causal_conv1d",
-        compiler_params=plgpu.CompilerParams(
-            # A thread reads only what it has written itself or what a barrier has announced.
-            unsafe_no_auto_barriers=True,
-            approx_math=True,
-            # Every array has the layout that it is loaded in: to infer them takes as long as all else.
-            lowering_semantics=plgpu.LoweringSemantics.Lane,
-        ),
+        compiler_params=BY_LANE,
     )
     results = kernel(*given.values(), *([] if pool is None else [pool]))
     return (tuple(results), pool[...]) if pool is not None else (tuple(results[:-1]), results[-1])

@@ -50,5 +50,5 @@ def _bounds(shape: Shape, cu_seqlens: jax.Array) -> jax.Array:
 
 def _firsts(shape: Shape, cu_seqlens: jax.Array) -> jax.Array:
     """Each sequence's first segment, as `Shape.locate` has it."""
-    numbers = jnp.arange(shape.static.dims.N_seq)
-    return (_bounds(shape, cu_seqlens)[:-1] // CHUNK + numbers) // shape.segment + numbers
+    numbers = jnp.arange(shape.static.dims.N_seq, dtype=jnp.int32)
+    return shape.first_segment(_bounds(shape, cu_seqlens)[:-1], numbers)

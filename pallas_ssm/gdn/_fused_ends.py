@@ -13,6 +13,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from .._branches import when
+from .._by_lane import BY_LANE
 from ..ssd._fused_tiles import operand, rem
 from ..ssd._tiles import ACC, ACROSS, COLUMNS, LAYOUT, ROWS, across, indices, load, tiles
 from ._fused_loop import Loop
@@ -36,7 +37,8 @@ def run(shape: Shape, arrays: dict[str, jax.Array]) -> jax.Array:
         "empty": plgpu.Barrier(num_barriers=stages),
     }
     arrays = {name: arrays[name] for name in ("k", "v", "tiles", "weights", "cu_seqlens") if name in arrays}
-    names = (*arrays, "ends", *scratch)
+    # The last states of these columns are what is wanted.
+    names = (*arrays, "final", *scratch)
 
     def body(*refs: Any) -> None:
         named = {"cu_seqlens": None} | dict(zip(names, refs, strict=True))
@@ -51,13 +53,7 @@ def run(shape: Shape, arrays: dict[str, jax.Array]) -> jax.Array:
         num_threads=2,
         thread_name="warpgroup",
         kernel_name="gdn_ends",
-        compiler_params=plgpu.CompilerParams(
-            # A thread reads only what it has written itself or what a barrier has announced.
-            unsafe_no_auto_barriers=True,
-            approx_math=True,
-            # Every array has the layout that it is loaded in: to infer them takes as long as all else.
-            lowering_semantics=plgpu.LoweringSemantics.Lane,
-        ),
+        compiler_params=BY_LANE,
     )(*arrays.values())
 
 
@@ -86,11 +82,6 @@ class _Ends(Loop):
         # What T's columns get is not used.
         self.fetch_values(c, pl.ds(jnp.minimum(self.part, self.shape.parts - 1) * COLUMNS, COLUMNS))
         self.fetch_prepared(c)
-
-    def carry(self) -> None:
-        S = lax.fori_loop(jnp.int32(0), self.count, self.step, self.before())
-        for k, part in enumerate(S):
-            self.refs.ends.at[self.n, self.h, self.columns, pl.ds(k * COLUMNS, COLUMNS)][...] = part
 
     def before(self) -> tuple[jax.Array, ...]:
         row = indices(0) + (self.part - self.shape.parts) * COLUMNS

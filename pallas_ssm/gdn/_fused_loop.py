@@ -23,6 +23,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from .._branches import choose_role, either, when
+from .._by_lane import BY_LANE
 from ..ssd._fused_tiles import operand, rem
 from ..ssd._tiles import ACC, ACROSS, COLUMNS, LAYOUT, ROWS, across, indices, load, store_rows, tiles
 from ._fused_shape import CHUNK, KEY, LEFT, QUERY, Shape
@@ -60,13 +61,7 @@ def run(shape: Shape, arrays: dict[str, jax.Array], outputs: dict[str, jax.Shape
         num_threads=2,
         thread_name="warpgroup",
         kernel_name="gdn_loop",
-        compiler_params=plgpu.CompilerParams(
-            # A thread reads only what it has written itself or what a barrier has announced.
-            unsafe_no_auto_barriers=True,
-            approx_math=True,
-            # Every array has the layout that it is loaded in: to infer them takes as long as all else.
-            lowering_semantics=plgpu.LoweringSemantics.Lane,
-        ),
+        compiler_params=BY_LANE,
     )(*arrays.values())
     return dict(zip(outputs, results, strict=True))
 

@@ -24,6 +24,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from .._branches import when
+from .._by_lane import BY_LANE
 from .._numerics import LOG2E
 from ..ssd._fused_tiles import operand, rem
 from ..ssd._tiles import (
@@ -82,13 +83,7 @@ def run(shape: Shape, arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
         grid=(shape.pieces,),
         grid_names=("piece",),
         kernel_name="gdn_prepare",
-        compiler_params=plgpu.CompilerParams(
-            # Whoever reads what another thread has written waits for a barrier or commits first.
-            unsafe_no_auto_barriers=True,
-            approx_math=True,
-            # Every array has the layout that it is loaded in: there is nothing to infer, which takes longer than to compile.
-            lowering_semantics=plgpu.LoweringSemantics.Lane,
-        ),
+        compiler_params=BY_LANE,
     )(*arrays.values())
     return dict(zip(outputs, results, strict=True))
 

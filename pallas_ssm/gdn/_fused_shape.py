@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ..ssd._tiles import COLUMNS
+from ..ssd._tiles import COLUMNS, last_sequence
 from ._call import Static
 
 CHUNK = 64
@@ -97,6 +97,10 @@ class Shape:
         names = list(self.counts)
         return self.chunks * sum(self.counts[other] for other in names[: names.index(name)])
 
+    def first_segment(self, begin: jax.Array, n: jax.Array) -> jax.Array:
+        """Of packed sequence n, which begins with token `begin`."""
+        return lax.div(_first_slot(begin, n), jnp.int32(self.segment)) + n
+
     def locate(self, cu_seqlens: Any, n: jax.Array) -> "Segment":
         """Of all segments the n-th. One behind the last of packed ones: what is no sequence's."""
         dims = self.static.dims
@@ -108,26 +112,18 @@ class Shape:
             # Bounds are data: whatever they hold, no token outside [0, T) is touched.
             return jnp.where(n == 0, 0, jnp.clip(cu_seqlens[n].astype(jnp.int32), 0, dims.T))
 
-        def first_slot(n: jax.Array) -> jax.Array:
-            return lax.div(bound(n), jnp.int32(CHUNK)) + n
-
         sequence, chunk = jnp.minimum(n, dims.N_seq), jnp.int32(0)
         if self.cut:
 
             def first(n: jax.Array) -> jax.Array:
-                return lax.div(first_slot(n), jnp.int32(self.segment)) + n
+                return self.first_segment(bound(n), n)
 
-            # The last sequence whose first segment is not past this one.
-            low, high = jnp.int32(0), jnp.int32(dims.N_seq)
-            for _ in range(max(dims.N_seq - 1, 0).bit_length()):
-                middle = lax.div(low + high, jnp.int32(2))
-                here = first(middle) <= n
-                low, high = jnp.where(here, middle, low), jnp.where(here, high, middle)
+            low = last_sequence(first, n, dims.N_seq)
             sequence = jnp.where(n == self.segments, dims.N_seq, low)
             chunk = jnp.where(n == self.segments, 0, jnp.maximum(n - first(low), 0) * self.segment)
         end = jnp.where(sequence == dims.N_seq, dims.T, bound(jnp.minimum(sequence + 1, dims.N_seq)))
         rest = sequence == dims.N_seq
-        return self._segment(jnp.int32(0), bound(sequence), end, first_slot(sequence), chunk, rest)
+        return self._segment(jnp.int32(0), bound(sequence), end, _first_slot(bound(sequence), sequence), chunk, rest)
 
     def _segment(
         self, b: Any, begin: jax.Array, end: jax.Array, slot: jax.Array, chunk: jax.Array, rest: Any = False
@@ -136,6 +132,10 @@ class Shape:
         length = jnp.maximum(end - begin - chunk * CHUNK, 0)
         whole = jnp.where(rest, length, self.segment * CHUNK) if self.cut else length
         return Segment(b, begin + chunk * CHUNK, jnp.minimum(length, whole), slot + chunk, length <= whole)
+
+
+def _first_slot(begin: jax.Array, n: jax.Array) -> jax.Array:
+    return lax.div(begin, jnp.int32(CHUNK)) + n
 
 
 @dataclass(frozen=True)

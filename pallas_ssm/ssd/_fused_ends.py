@@ -17,6 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from .._branches import when
+from .._by_lane import BY_LANE
 from ._fused_block import DT_HEADS, GROWN, WEIGHT, A, Block, Shape
 from ._fused_pieces import CHUNK
 from ._fused_tiles import rem
@@ -62,9 +63,7 @@ def run(shape: Shape, arrays: dict[str, jax.Array]) -> tuple[jax.Array, jax.Arra
         num_threads=shape.heads + 1,
         thread_name="warpgroup",
         kernel_name="mamba_chunk_scan_combined_ends",
-        compiler_params=plgpu.CompilerParams(
-            unsafe_no_auto_barriers=True, approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane
-        ),
+        compiler_params=BY_LANE,
     )(*arrays.values())
     return ends, totals
 

@@ -21,6 +21,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from .._branches import either, when
+from .._by_lane import BY_LANE
 from ._fused_block import DT_HEADS, A, B, Block, Shape
 from ._fused_carry import BUFFERS, Carry
 from ._fused_pieces import CHUNK
@@ -64,13 +65,7 @@ def run(shape: Shape, arrays: dict[str, jax.Array], outputs: dict[str, jax.Shape
         num_threads=heads + shape.scores + 1,
         thread_name="warpgroup",
         kernel_name="mamba_chunk_scan_combined",
-        compiler_params=plgpu.CompilerParams(
-            # A thread reads only what it has written itself or what a barrier has announced.
-            unsafe_no_auto_barriers=True,
-            approx_math=True,
-            # Every array has the layout that it is loaded in: to infer them takes as long as all else.
-            lowering_semantics=plgpu.LoweringSemantics.Lane,
-        ),
+        compiler_params=BY_LANE,
     )(*arrays.values())
     return dict(zip(outputs, results, strict=True))
 

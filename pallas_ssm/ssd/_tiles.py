@@ -1,5 +1,6 @@
 """What the Mosaic GPU kernels of the stages share: tiles in shared memory, and where a chunk's tokens are."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -96,15 +97,20 @@ def locate(dims: Dims, cu_seqlens: Any, b: jax.Array, slot: jax.Array) -> Where:
     def first_slot(n: jax.Array) -> jax.Array:
         return lax.div(bound(n), jnp.int32(dims.L)) + n
 
-    # The last sequence whose first slot is not past this one.
-    low, high = jnp.int32(0), jnp.int32(dims.N_seq)
-    for _ in range(max(dims.N_seq - 1, 0).bit_length()):
+    n = last_sequence(first_slot, slot, dims.N_seq)
+    chunk = slot - first_slot(n)
+    begin = bound(n) + chunk * dims.L
+    return Where(begin, jnp.minimum(bound(n + 1) - begin, dims.L), n, chunk == 0)
+
+
+def last_sequence(first: Callable[[jax.Array], jax.Array], place: jax.Array, N_seq: int) -> jax.Array:
+    """Of N_seq sequences, each of which begins at place `first(n)`, the last one that does not begin past `place`."""
+    low, high = jnp.int32(0), jnp.int32(N_seq)
+    for _ in range(max(N_seq - 1, 0).bit_length()):
         middle = lax.div(low + high, jnp.int32(2))
-        here = first_slot(middle) <= slot
+        here = first(middle) <= place
         low, high = jnp.where(here, middle, low), jnp.where(here, high, middle)
-    chunk = slot - first_slot(low)
-    begin = bound(low) + chunk * dims.L
-    return Where(begin, jnp.minimum(bound(low + 1) - begin, dims.L), low, chunk == 0)
+    return low
 
 
 def clear_rows(ref: Any, length: jax.Array) -> None:
